@@ -1,0 +1,1 @@
+"""The partner site: data, model, differentially private training, durable privacy state."""

@@ -1,0 +1,92 @@
+"""Every typed refusal of Accord, in one place.
+
+The command line maps them to exit codes: `BadInput` and `Refused` end with 2, `Aborted` with 3
+(the run can be resumed), `Interrupted` with 130. Messages are one line and never hold a secret.
+"""
+
+from __future__ import annotations
+
+
+class AccordError(Exception):
+    """Base of all errors that Accord raises on purpose."""
+
+    exit_code = 2
+
+
+class BadInput(AccordError):
+    """Something that the user gave cannot be used: the message names it."""
+
+
+class PlanError(BadInput):
+    """A plan or scenario is malformed or contradicts itself."""
+
+
+class DataError(BadInput):
+    """A data set is missing, malformed, or does not fit the plan."""
+
+
+class ModelError(BadInput):
+    """A pretrained model cannot be loaded, or is not the one that the plan names."""
+
+
+class OutputError(BadInput):
+    """The output folder is not ours, belongs to another plan, or cannot be written."""
+
+
+class CheckpointError(BadInput):
+    """A checkpoint is damaged or belongs to another plan."""
+
+
+class MissingExtra(BadInput):
+    """A command needs an optional dependency that is not installed."""
+
+
+class Refused(AccordError):
+    """A check that protects a participant said no."""
+
+
+class PrivacyError(Refused):
+    """A privacy rule would be broken: nothing was trained or released."""
+
+
+class BudgetExhausted(PrivacyError):
+    """The step would cost more than the plan's privacy budget."""
+
+
+class UnknownMechanism(PrivacyError):
+    """An accountant met an event that it has no proof for; it never guesses."""
+
+
+class UnsupportedLayer(PrivacyError):
+    """Per-sample gradients of a trainable layer are not defined or not implemented."""
+
+
+class ProtocolError(Refused):
+    """A message does not follow the protocol: wrong version, plan, round, shape or key."""
+
+
+class NonFinite(Refused):
+    """NaN or infinity in data, weights or an update."""
+
+
+class Aborted(AccordError):
+    """The run stopped before its end and can be resumed."""
+
+    exit_code = 3
+
+
+class RoundAborted(Aborted):
+    """Too few participants finished a round; nothing of it was used."""
+
+
+class Interrupted(AccordError):
+    """The user or the system asked to stop; the run can be resumed."""
+
+    exit_code = 130
+
+
+REFUSALS: dict[str, type[AccordError]] = {
+    kind.__name__: kind
+    for kind in (PrivacyError, BudgetExhausted, ProtocolError, NonFinite, DataError, ModelError, PlanError)
+}
+"""Refusals that a site may send to the coordinator by name (the name and one line, nothing else)."""

@@ -1,0 +1,123 @@
+"""What a simulation measured: the one object that the report, the JSON line and the sweep read.
+
+Accuracies are fractions in [0, 1]; sizes are bytes; durations are seconds. `None` means "not
+applicable or not measured", never zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One finished round, seen from the harness.
+
+    `metrics` are scored by the harness on held-out data: they are *not released by the protocol*.
+    `stage_s` splits the wall time of the round (train, aggregate, score, other).
+    """
+
+    round: int
+    metrics: dict[str, float]
+    epsilon: float | None
+    cohort: int
+    survivors: int
+    upload_bytes: int
+    download_bytes: int
+    stage_s: dict[str, float]
+    aborted_attempts: int = 0
+
+
+@dataclass(frozen=True)
+class ParticipantResult:
+    """One simulated bank or retail chain at the end of the run."""
+
+    name: str
+    records: int
+    rounds_released: int
+    epsilon: float | None
+    metrics: dict[str, float]
+    """The joint model on this participant's own held-out records (empty where it has none)."""
+    alone: dict[str, float] | None = None
+    """A model that it trained alone at the same epsilon, on the whole test split."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One reference run: `alone`, `nonprivate`, `central` or `central_nonprivate`."""
+
+    name: str
+    metrics: dict[str, float]
+    curve: tuple[float, ...]
+    """The main metric by round (for `alone`: of the mean participant)."""
+    epsilon: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """Everything that one `accord simulate` measured."""
+
+    scenario: str
+    text: str
+    """One paragraph: what the scenario emulates."""
+    plan: dict[str, Any]
+    plan_hash: str
+    population: dict[str, Any]
+    """partition, source, participants, records, test_records, ceiling (float or None), faults."""
+    metric: str
+    metrics: dict[str, float]
+    """The finished joint model on the test split."""
+    rounds: tuple[RoundResult, ...]
+    participants: tuple[ParticipantResult, ...]
+    comparisons: tuple[Comparison, ...]
+    epsilon: float | None
+    epsilon_all_collude: float | None
+    epsilon_target: float | None
+    delta: float
+    noise_multiplier: float
+    trips_per_round: int
+    upload_bytes_per_site_round: int
+    download_bytes_per_site_round: int
+    aborted_attempts: int
+    seconds: float
+    stage_s: dict[str, float]
+    """Wall seconds of the whole command by stage (set-up, embed, rounds, compare, …)."""
+    peak_rss_bytes: int
+    seed: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One setting of a sweep and its outcome, averaged over seeds."""
+
+    settings: dict[str, Any]
+    """The swept keys: epsilon, participants, rounds, depth, noise, dropout."""
+    metric: str
+    mean: float
+    std: float
+    seeds: int
+    epsilon: float | None
+    seconds: float
+    compare: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The privacy-utility frontier."""
+
+    scenario: str
+    points: tuple[SweepPoint, ...]
+    metric: str
+    seconds: float
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return asdict(self)
