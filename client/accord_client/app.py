@@ -1,0 +1,31 @@
+"""Flower's side of a site: a ClientApp that decodes, asks the site, encodes. No logic of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from accord_shared.errors import AccordError
+from accord_shared.messages import Message, Refusal
+from accord_shared.wire import decode, encode
+from flwr.app import Context
+from flwr.app import Message as FlowerMessage
+from flwr.clientapp import ClientApp
+
+
+def client_app(handler_of: Callable[[Context], Callable[[Message], Message]]) -> ClientApp:
+    """A ClientApp whose messages go to the handler of their node.
+
+    Nothing is written to Flower's `Context`: it may be stored where secrets must not be.
+    """
+    app = ClientApp()
+
+    def answer(message: FlowerMessage, context: Context) -> FlowerMessage:
+        try:
+            reply = handler_of(context)(decode(message.content))
+        except AccordError as error:
+            reply = Refusal.of(error)
+        return FlowerMessage(encode(reply), reply_to=message)
+
+    app.train()(answer)
+    app.query()(answer)
+    return app

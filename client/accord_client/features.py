@@ -1,0 +1,180 @@
+"""What frozen layers compute, computed once: pooled embeddings and prefix hidden states, on disk.
+
+An entry is named by the hash of everything that determines it: model digest, token limit, layer, texts. It
+is as sensitive as the texts, so the folder is private to its owner (mode 0700). Entries are memory-mapped:
+many participants of a simulation share one copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accord_shared.errors import NonFinite
+from accord_shared.files import make_folder, write_atomic
+from torch import Tensor
+
+from accord_client.models import Encoder, EncoderModel, LabelFrame, Tokens
+from accord_client.trainer import Indices, Runtime
+
+VERSION = 1
+_BATCH = 64
+Array = npt.NDArray[Any]
+
+
+def default_folder() -> Path:
+    """`$ACCORD_CACHE`, or `accord` in the user's cache folder."""
+    base = os.environ.get("ACCORD_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "accord"
+
+
+def key(model_digest: str, max_tokens: int, layer: int, texts: Sequence[str]) -> str:
+    """Name of an entry: `layer` 0 is the pooled embedding, k > 0 the output of the first k layers."""
+    hasher = hashlib.sha256(f"{VERSION}|{model_digest}|{max_tokens}|{layer}|{len(texts)}".encode())
+    for text in texts:
+        data = text.encode()
+        hasher.update(len(data).to_bytes(8, "big") + data)
+    return hasher.hexdigest()
+
+
+class FeatureCache:
+    """Arrays by key in a folder, written whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.npy"
+
+    def has(self, name: str) -> bool:
+        """Whether the entry is there."""
+        return self._path(name).exists()
+
+    def get(self, name: str, compute: Callable[[], Array]) -> Array:
+        """The entry, memory-mapped read-only; computed and stored at the first call.
+
+        Raises:
+            NonFinite: what was computed holds NaN or infinity.
+        """
+        if not self.has(name):
+            self.put(name, compute())
+        entry: Array = np.load(self._path(name), mmap_mode="r", allow_pickle=False)
+        return entry
+
+    def put(self, name: str, value: Array) -> None:
+        """Store an entry."""
+        if not np.isfinite(value).all():
+            raise NonFinite("features hold NaN or infinity")
+        make_folder(self._folder)
+        self._folder.chmod(0o700)
+        buffer = io.BytesIO()
+        np.save(buffer, value, allow_pickle=False)
+        write_atomic(self._path(name), buffer.getvalue(), mode=0o600)
+
+
+def pooled(
+    encoder: Encoder,
+    texts: Sequence[str],
+    runtime: Runtime,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> npt.NDArray[np.float32]:
+    """Pooled embeddings [n, d] of the texts, batched by length."""
+    tokens = encoder.tokenize(texts)
+    result = np.empty((len(texts), encoder.hidden_size), dtype=np.float32)
+    encoder.model.to(runtime.device)
+    with torch.inference_mode(), runtime.autocast():
+        for rows in _by_length(tokens):
+            ids, mask = (part.to(runtime.device) for part in encoder.pad(tokens, rows.tolist()))
+            hidden = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            result[rows] = encoder.pool(hidden, mask).float().cpu().numpy()
+            on_progress(len(rows))
+    return result
+
+
+def prefix_states(model: EncoderModel, tokens: Tokens, runtime: Runtime) -> npt.NDArray[np.float16]:
+    """Output of the frozen layers [all tokens, d], ragged as in `tokens`."""
+    encoder = model.encoder
+    result = np.empty((len(tokens.ids), encoder.hidden_size), dtype=np.float16)
+    starts = tokens.ends - tokens.lengths
+    seen: list[Tensor] = []
+    layer = encoder.layers()[model.frozen_layers - 1]
+    handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    try:
+        with torch.inference_mode(), runtime.autocast():
+            for rows in _by_length(tokens):
+                ids, mask = (part.to(runtime.device) for part in encoder.pad(tokens, rows.tolist()))
+                model.logits({"ids": ids, "mask": mask})
+                hidden = seen.pop().float().cpu().numpy()
+                for place, row in enumerate(rows):
+                    length = tokens.lengths[row]
+                    result[starts[row] : tokens.ends[row]] = hidden[place, :length]
+    finally:
+        handle.remove()
+    return result
+
+
+def _by_length(tokens: Tokens) -> list[Indices]:
+    order = np.argsort(tokens.lengths, kind="stable")
+    return [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+
+
+@dataclass(frozen=True)
+class FeatureBatches:
+    """Records as features [n, d]: what depth `head` trains on."""
+
+    features: Tensor
+    labels: Tensor
+    units: Indices
+
+    def inputs(self, rows: Indices) -> Tensor:
+        """Features [B, d] of the rows."""
+        if len(rows) == len(self.features):
+            return self.features
+        return self.features[torch.from_numpy(rows).to(self.features.device)]
+
+
+@dataclass(frozen=True)
+class TokenBatches:
+    """Records as token ids, with the frozen prefix where there is one: what `lora` and `full` train on."""
+
+    encoder: Encoder
+    tokens: Tokens
+    prefix: Array | None
+    labels: Tensor
+    units: Indices
+    device: str
+
+    def inputs(self, rows: Indices) -> dict[str, Tensor]:
+        """`ids`, `mask` [B, T] and `prefix` [B, T, d] of the rows."""
+        ids, mask = self.encoder.pad(self.tokens, rows.tolist())
+        batch = {"ids": ids, "mask": mask}
+        if self.prefix is not None:
+            hidden = torch.zeros(*ids.shape, self.prefix.shape[1])
+            for place, row in enumerate(rows.tolist()):
+                end = self.tokens.ends[row]
+                length = end - (self.tokens.ends[row - 1] if row else 0)
+                hidden[place, :length] = torch.from_numpy(
+                    np.asarray(self.prefix[end - length : end], dtype=np.float32)
+                )
+            batch["prefix"] = hidden
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+
+def feature_batches(
+    embeddings: npt.NDArray[np.float32],
+    labels: Indices,
+    units: Indices,
+    frame: LabelFrame,
+    device: str,
+) -> FeatureBatches:
+    """Records at depth `head` from their pooled embeddings [n, d]."""
+    features = frame.features(torch.from_numpy(np.array(embeddings)))
+    return FeatureBatches(features=features.to(device), labels=torch.from_numpy(labels), units=units)

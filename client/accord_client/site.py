@@ -1,0 +1,130 @@
+"""A site: answers the coordinator's messages, or refuses them. The same core in simulation and deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from accord_shared import PROTOCOL_VERSION
+from accord_shared.dp.accounting import noise_multiplier, round_event
+from accord_shared.dp.noise import SecureGenerator
+from accord_shared.errors import AccordError, BudgetExhausted, DataError, ProtocolError
+from accord_shared.messages import Enquiry, Joined, Message, Refusal, TrainReply, TrainRequest
+from accord_shared.plan import Plan
+from accord_shared.vectors import Vector, check_finite, check_length
+
+from accord_client.data import Examples
+from accord_client.store import Releases, SiteStore
+from accord_client.trainer import Batches, train
+from accord_client.workspace import Workspace
+
+
+class Site:
+    """One participant with its records, its model and its durable privacy state.
+
+    `workspace_of` gives the workspace of a plan and `examples_of` the records that the plan's task reads.
+    `generator` is for tests alone: neither plan nor command line reaches it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        store: SiteStore,
+        workspace_of: Callable[[Plan], Workspace],
+        examples_of: Callable[[Plan], Examples],
+        generator: SecureGenerator | None = None,
+    ) -> None:
+        self.name = name
+        self._store = store
+        self._workspace_of = workspace_of
+        self._examples_of = examples_of
+        self._generator = generator or SecureGenerator()
+        self._plans: dict[str, Plan] = {}
+        self._batches: dict[str, Batches] = {}
+
+    def handle(self, message: Message) -> Message:
+        """Answer one message; a refusal is an answer too."""
+        try:
+            if isinstance(message, Enquiry):
+                return self._join(message)
+            if isinstance(message, TrainRequest):
+                return self._train(message)
+            raise ProtocolError(f"a site has no answer to {type(message).__name__}")
+        except AccordError as error:
+            return Refusal.of(error)
+
+    def releases(self, plan: Plan) -> Releases:
+        """What this site has released and spent under the plan."""
+        return self._store.releases(plan.hash)
+
+    def _join(self, enquiry: Enquiry) -> Joined:
+        _check_version(enquiry.protocol)
+        plan = Plan.from_json(enquiry.plan_json)
+        if plan.hash != enquiry.plan_hash:
+            raise ProtocolError("the plan does not have the hash that came with it")
+        self._store.keep_plan(plan.hash, plan.to_json())
+        return Joined(site=self.name, protocol=PROTOCOL_VERSION, plan_hash=plan.hash)
+
+    def _plan(self, plan_hash: str) -> Plan:
+        if plan_hash not in self._plans:
+            text = self._store.plan_json(plan_hash)
+            if text is None:
+                raise ProtocolError(f"plan {plan_hash[:12]}… was never joined")
+            self._plans[plan_hash] = Plan.from_json(text)
+        return self._plans[plan_hash]
+
+    def _train(self, request: TrainRequest) -> TrainReply:
+        _check_version(request.protocol)
+        plan = self._plan(request.plan_hash)
+        if not 1 <= request.round <= plan.run.rounds:
+            raise ProtocolError(f"round {request.round} of a plan of {plan.run.rounds} rounds")
+        spent = self._store.releases(request.plan_hash)
+        if request.round <= spent.last_round:
+            return self._again(request, spent)
+        self._check_budget(plan, spent)
+        return self._release(request, plan)
+
+    def _again(self, request: TrainRequest, spent: Releases) -> TrainReply:
+        """Resend the finished update unchanged: the same bytes cost nothing more."""
+        if request.round != spent.last_round or request.model_hash != spent.last_model:
+            raise ProtocolError(f"round {request.round} was released before, from other weights")
+        return _reply(request, self._store.last_update(spent))
+
+    def _check_budget(self, plan: Plan, spent: Releases) -> None:
+        if plan.privacy.noise != "none" and spent.steps + plan.local.steps_per_round > plan.steps:
+            raise BudgetExhausted(f"{spent.steps} of the plan's {plan.steps} steps are spent")
+
+    def _release(self, request: TrainRequest, plan: Plan) -> TrainReply:
+        workspace = self._workspace_of(plan)
+        check_length(request.weights, workspace.model.layout.dimension)
+        check_finite(request.weights, "the joint weights")
+        result = train(
+            workspace.model,
+            self._records(plan, workspace),
+            plan.local,
+            request.weights,
+            noise_multiplier=noise_multiplier(plan),
+            generator=self._generator,
+            runtime=workspace.runtime,
+        )
+        self._store.release(
+            request.plan_hash, request.round, request.model_hash, result.update, round_event(plan)
+        )
+        return _reply(request, result.update)
+
+    def _records(self, plan: Plan, workspace: Workspace) -> Batches:
+        if plan.hash not in self._batches:
+            examples = self._examples_of(plan)
+            if not len(examples):
+                raise DataError(f"{self.name} has no records")
+            self._batches[plan.hash] = workspace.batches(examples)
+        return self._batches[plan.hash]
+
+
+def _check_version(version: int) -> None:
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"the coordinator speaks protocol {version}, this site {PROTOCOL_VERSION}")
+
+
+def _reply(request: TrainRequest, update: Vector) -> TrainReply:
+    return TrainReply(run_id=request.run_id, round=request.round, attempt=request.attempt, update=update)

@@ -1,0 +1,222 @@
+"""One site's part of a round: from the joint weights to the finished update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accord_shared.dp.noise import SecureGenerator
+from accord_shared.errors import PrivacyError
+from accord_shared.plan import LocalSpec
+from accord_shared.vectors import Layout, Vector, check_finite
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from accord_client.dpsgd import NoisyOptimizer
+from accord_client.gradients import GradientTape
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Performance flags: they change speed and memory, never the mechanism."""
+
+    device: str = "cpu"
+    precision: str = "fp32"
+    """`fp32`, or `bf16` for the forward and backward pass; norms, sums and noise stay fp32 or finer."""
+    rows_in_memory: int = 64
+    """Rows of a micro-batch; a Poisson sample of any size is processed in as many as it takes."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of the forward pass."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16)
+
+
+class Batches(Protocol):
+    """Prepared records of one site."""
+
+    labels: Tensor  # [n] int64
+    units: Indices  # [n] privacy unit of each row, 0..n_units-1
+
+    def inputs(self, rows: Indices) -> Tensor | dict[str, Tensor]:
+        """The model's input for the rows, on the model's device."""
+
+
+class TrainableModel(Protocol):
+    """A model whose trainable tensors are one flat vector."""
+
+    module: nn.Module
+    layout: Layout
+
+    def load(self, vector: Vector) -> None:
+        """Set the trainable tensors from `vector` [P]."""
+
+    def vector(self) -> Vector:
+        """The trainable tensors as one vector [P]."""
+
+    def logits(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
+        """Class scores [B, classes]."""
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """The change of the weights [P], the noisy steps that it took, units whose gradient was not finite."""
+
+    update: Vector
+    steps: int
+    rejected: int
+
+
+def train(
+    model: TrainableModel,
+    batches: Batches,
+    spec: LocalSpec,
+    weights: Vector,
+    *,
+    noise_multiplier: float,
+    generator: SecureGenerator,
+    runtime: Runtime,
+) -> LocalUpdate:
+    """Run `steps_per_round` local steps from `weights` [P].
+
+    `noise_multiplier` 0 means plain training without clipping and without any privacy.
+
+    Raises:
+        PrivacyError: the steps that ran are not the steps that the plan accounts for.
+        NonFinite: the update holds NaN or infinity (nothing may be released then).
+    """
+    check_finite(weights, "the joint weights")
+    model.load(weights)
+    if noise_multiplier > 0.0:
+        steps, rejected = _private_steps(model, batches, spec, noise_multiplier, generator, runtime)
+    else:
+        steps, rejected = _plain_steps(model, batches, spec, generator, runtime), 0
+    if steps != spec.steps_per_round:
+        raise PrivacyError(f"{steps} steps ran, the plan accounts for {spec.steps_per_round}")
+    update = model.vector() - weights
+    check_finite(update, "the update")
+    return LocalUpdate(update=update, steps=steps, rejected=rejected)
+
+
+def _optimizer(model: TrainableModel, spec: LocalSpec) -> torch.optim.Optimizer:
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    if spec.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=spec.learning_rate)
+    return torch.optim.SGD(parameters, lr=spec.learning_rate, momentum=spec.momentum)
+
+
+def _private_steps(
+    model: TrainableModel,
+    batches: Batches,
+    spec: LocalSpec,
+    noise_multiplier: float,
+    generator: SecureGenerator,
+    runtime: Runtime,
+) -> tuple[int, int]:
+    tape = GradientTape(model.module)
+    accounted = 0
+    rejected = 0
+
+    def count() -> None:
+        nonlocal accounted
+        accounted += 1
+
+    optimizer = NoisyOptimizer(
+        _optimizer(model, spec),
+        noise_multiplier=noise_multiplier,
+        clip_norm=spec.clip_norm,
+        expected_batch=spec.sampling_rate * spec.expected_records,
+        generator=generator,
+        on_step=count,
+    )
+    grouped = _UnitRows(batches.units)
+    for _ in range(spec.steps_per_round):
+        chosen = np.flatnonzero(generator.bernoulli(spec.sampling_rate, grouped.n_units))
+        for rows, unit_of_row, n_units in grouped.micro_batches(chosen, runtime.rows_in_memory):
+            with tape.recording(torch.from_numpy(unit_of_row).to(runtime.device), n_units):
+                _loss(model, batches, rows, runtime).backward()  # type: ignore[no-untyped-call]
+            clipped = tape.clip(spec.clip_norm)
+            rejected += clipped.rejected
+            optimizer.accumulate(clipped)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return accounted, rejected
+
+
+def _plain_steps(
+    model: TrainableModel, batches: Batches, spec: LocalSpec, generator: SecureGenerator, runtime: Runtime
+) -> int:
+    optimizer = _optimizer(model, spec)
+    divisor = spec.sampling_rate * spec.expected_records
+    n_rows = len(batches.units)
+    for _ in range(spec.steps_per_round):
+        rows = np.flatnonzero(generator.bernoulli(spec.sampling_rate, n_rows))
+        optimizer.zero_grad(set_to_none=True)
+        for part in _chunks(rows, runtime.rows_in_memory):
+            (_loss(model, batches, part, runtime) / divisor).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return spec.steps_per_round
+
+
+def _loss(model: TrainableModel, batches: Batches, rows: Indices, runtime: Runtime) -> Tensor:
+    """Cross-entropy summed over rows: each row's term depends on that row alone."""
+    with runtime.autocast():
+        logits = model.logits(batches.inputs(rows))
+    labels = batches.labels[torch.from_numpy(rows)].to(logits.device)
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def _chunks(rows: Indices, size: int) -> Iterator[Indices]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+class _UnitRows:
+    """Rows by unit, so that a unit's rows always meet in one micro-batch and are clipped together."""
+
+    def __init__(self, units: Indices) -> None:
+        self.n_units = int(units.max()) + 1 if len(units) else 0
+        self._rows = np.argsort(units, kind="stable")
+        self._sizes = np.bincount(units, minlength=self.n_units)
+        self._ends = np.cumsum(self._sizes)
+        self._single = bool((self._sizes == 1).all())
+
+    def micro_batches(self, chosen: Indices, limit: int) -> Iterator[tuple[Indices, Indices, int]]:
+        """(rows, unit of each row, number of units) of the `chosen` units, about `limit` rows at a time."""
+        for units in self._split(chosen, limit):
+            sizes = self._sizes[units]
+            starts = self._ends[units] - sizes
+            unit_of_row = np.repeat(np.arange(len(units)), sizes)
+            offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            yield self._rows[np.repeat(starts, sizes) + offsets], unit_of_row, len(units)
+
+    def _split(self, chosen: Indices, limit: int) -> Iterator[Indices]:
+        if self._single:
+            yield from _chunks(chosen, limit)
+            return
+        cumulative = np.cumsum(self._sizes[chosen])
+        cuts = np.flatnonzero(np.diff(cumulative // limit)) + 1
+        yield from (part for part in np.split(chosen, cuts) if len(part))
+
+
+def predict(
+    model: TrainableModel,
+    inputs: Callable[[Indices], Tensor | dict[str, Tensor]],
+    count: int,
+    runtime: Runtime,
+    rows_in_memory: int = 512,
+) -> Indices:
+    """The predicted class [count] of each record."""
+    parts = []
+    with torch.inference_mode(), runtime.autocast():
+        for rows in _chunks(np.arange(count), rows_in_memory):
+            parts.append(model.logits(inputs(rows)).argmax(dim=1).cpu().numpy())
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

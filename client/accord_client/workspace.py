@@ -1,0 +1,118 @@
+"""What a plan needs of the pretrained model at this site: built once, used for every message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accord_shared.errors import ModelError
+from accord_shared.plan import Plan
+from accord_shared.vectors import Vector
+
+from accord_client.data import Examples
+from accord_client.features import (
+    FeatureCache,
+    TokenBatches,
+    feature_batches,
+    key,
+    pooled,
+    prefix_states,
+)
+from accord_client.models import Encoder, EncoderModel, HeadModel, LabelFrame, digest, verified
+from accord_client.trainer import Batches, Runtime, TrainableModel
+
+
+class Workspace:
+    """Encoder, label frame, trainable model and prepared records of one plan.
+
+    At depth `head` the encoder is loaded only if something is missing in the cache: a simulated participant
+    whose embeddings the harness has prepared never loads it.
+    """
+
+    def __init__(self, plan: Plan, cache: FeatureCache, runtime: Runtime) -> None:
+        self.plan = plan
+        self.runtime = runtime
+        self._cache = cache
+
+    @cached_property
+    def _folder(self) -> Path:
+        return verified(self.plan.model)
+
+    @cached_property
+    def _digest(self) -> str:
+        return self.plan.model.digest or digest(self._folder)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The pretrained encoder (loads it)."""
+        return Encoder(self._folder, self.plan.task.max_tokens)
+
+    def embeddings(
+        self, texts: tuple[str, ...], on_progress: Callable[[int], None] = lambda _: None
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Pooled embeddings [n, d], from the cache where they are."""
+        name = key(self._digest, self.plan.task.max_tokens, 0, texts)
+        return self._cache.get(name, lambda: pooled(self.encoder, texts, self.runtime, on_progress))
+
+    def keep_embeddings(
+        self, texts: tuple[str, ...], embeddings: np.ndarray[Any, np.dtype[np.float32]]
+    ) -> None:
+        """Store embeddings [n, d] that were computed elsewhere under the name that `embeddings` looks up."""
+        name = key(self._digest, self.plan.task.max_tokens, 0, texts)
+        if not self._cache.has(name):
+            self._cache.put(name, embeddings)
+
+    @cached_property
+    def frame(self) -> LabelFrame:
+        """The label names' geometry."""
+        embeddings = torch.from_numpy(np.array(self.embeddings(self.plan.task.texts)))
+        return LabelFrame(embeddings=embeddings, spec=self.plan.adapter)
+
+    @cached_property
+    def _start(self) -> tuple[TrainableModel, Vector]:
+        frame, device = self.frame, self.runtime.device
+        if self.plan.adapter.depth == "head":
+            model: TrainableModel = HeadModel(frame, device)
+        else:
+            model = EncoderModel(self.encoder, frame, self.plan, device)
+        return model, model.vector()
+
+    @property
+    def model(self) -> TrainableModel:
+        """The trainable model; training moves its weights."""
+        return self._start[0]
+
+    def initial(self) -> Vector:
+        """The public starting weights [P]: equal wherever the plan is."""
+        return self._start[1].copy()
+
+    def batches(self, examples: Examples) -> Batches:
+        """Records prepared for the plan's depth."""
+        if self.plan.adapter.depth == "head":
+            return feature_batches(
+                self.embeddings(examples.texts),
+                examples.labels,
+                examples.units,
+                self.frame,
+                self.runtime.device,
+            )
+        model = self.model
+        if not isinstance(model, EncoderModel):
+            raise ModelError("depth and model do not fit")
+        tokens = self.encoder.tokenize(examples.texts)
+        prefix = None
+        if model.frozen_layers:
+            name = key(self._digest, self.plan.task.max_tokens, model.frozen_layers, examples.texts)
+            prefix = self._cache.get(name, lambda: prefix_states(model, tokens, self.runtime))
+        return TokenBatches(
+            encoder=self.encoder,
+            tokens=tokens,
+            prefix=prefix,
+            labels=torch.from_numpy(examples.labels),
+            units=examples.units,
+            device=self.runtime.device,
+        )

@@ -1,0 +1,82 @@
+"""From requests to the sum of updates: the seam at which secure aggregation replaces the plain mean.
+
+An `Aggregation` runs as many trips as its protocol needs and returns only the sum and who is in it; the
+round never sees a single site's update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from accord_shared.errors import AccordError, ProtocolError
+from accord_shared.messages import TrainReply, TrainRequest
+from accord_shared.vectors import check_finite, check_length
+from accord_shared.wire import payload_bytes
+
+from accord_server.exchange import Exchange, Failure
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The sum [dimension] of the survivors' updates, and what the attempt moved over the wire."""
+
+    total: npt.NDArray[np.float64]
+    survivors: tuple[str, ...]
+    failures: Mapping[str, str] = field(default_factory=dict)
+    upload_bytes: int = 0
+    download_bytes: int = 0
+
+
+class Aggregation(Protocol):
+    """One attempt at summing the cohort's updates."""
+
+    trips: int
+    """Trips of a round in steady state."""
+
+    def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
+        """Ask `cohort` to train and return the sum over those that finished (possibly none)."""
+
+
+class PlainAggregation:
+    """The coordinator sees each update and adds it: one trip, O(dimension) memory, no protection from it."""
+
+    trips = 1
+
+    def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
+        """Sum what arrives, as it arrives; a malformed update counts as a failure of its site."""
+        total = np.zeros(request.weights.shape[0], dtype=np.float64)
+        survivors: list[str] = []
+        failures: dict[str, str] = {}
+        uploaded = 0
+        for site, reply in exchange.send(dict.fromkeys(cohort, request)):
+            if isinstance(reply, Failure):
+                failures[site] = reply.reason
+                continue
+            uploaded += payload_bytes(reply)
+            try:
+                total += _update(reply, request)
+            except AccordError as error:
+                failures[site] = f"{type(error).__name__}: {error}"
+            else:
+                survivors.append(site)
+        return Aggregate(
+            total=total,
+            survivors=tuple(sorted(survivors)),
+            failures=failures,
+            upload_bytes=uploaded,
+            download_bytes=payload_bytes(request) * len(cohort),
+        )
+
+
+def _update(reply: object, request: TrainRequest) -> npt.NDArray[np.float32]:
+    if not isinstance(reply, TrainReply):
+        raise ProtocolError(f"a {type(reply).__name__} came where an update was due")
+    if (reply.run_id, reply.round) != (request.run_id, request.round):
+        raise ProtocolError("an update of another run or round")
+    check_length(reply.update, request.weights.shape[0])
+    check_finite(reply.update, "an update")
+    return reply.update

@@ -1,0 +1,163 @@
+"""The run: rounds of cohort, aggregate, server step, checkpoint. Pure of Flower, clock and torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from accord_shared import PROTOCOL_VERSION
+from accord_shared.errors import RoundAborted
+from accord_shared.messages import TrainRequest
+from accord_shared.plan import Plan
+from accord_shared.vectors import Vector, check_finite
+
+from accord_server.aggregation import Aggregate, Aggregation
+from accord_server.checkpoint import Checkpoint, CheckpointFolder
+from accord_server.cohort import choose_cohort
+from accord_server.exchange import Exchange
+from accord_server.optimizer import initial_state, step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """Public facts of one finished round. `weights` [dimension] is the iterate after it."""
+
+    round: int
+    cohort: int
+    survivors: tuple[str, ...]
+    aborted_attempts: int
+    upload_bytes: int
+    download_bytes: int
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+Observer = Callable[[RoundReport, Vector], None]
+"""Called after each round's checkpoint with its report and the weights that the run would end with."""
+
+
+class Coordinator:
+    """Drives one plan from a starting point to its last round.
+
+    The joint weights start at `initial` [dimension] or at `checkpoint`, which must be of the same plan.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        run_id: str,
+        initial: Vector,
+        *,
+        aggregation: Aggregation,
+        checkpoints: CheckpointFolder | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        check_finite(initial, "the initial weights")
+        self._plan = plan
+        self._hash = plan.hash
+        self._aggregation = aggregation
+        self._folder = checkpoints
+        self._observer = observer
+        self._state = (checkpoints.load(self._hash) if checkpoints else None) or Checkpoint(
+            run_id=run_id,
+            plan_hash=self._hash,
+            round=0,
+            weights=initial.astype(np.float64),
+            optimizer=initial_state(plan.server, len(initial)),
+            averaged=np.zeros(len(initial)),
+            averaged_count=0,
+        )
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run; it survives restarts."""
+        return self._state.run_id
+
+    @property
+    def finished_rounds(self) -> int:
+        """Number of rounds done."""
+        return self._state.round
+
+    @property
+    def weights(self) -> Vector:
+        """The model as of now [dimension]: the average of the last iterates once the plan averages."""
+        if self._state.averaged_count:
+            return (self._state.averaged / self._state.averaged_count).astype(np.float32)
+        return self._state.weights.astype(np.float32)
+
+    def run(self, exchange: Exchange) -> Vector:
+        """All rounds that are left; returns the finished weights [dimension].
+
+        Raises:
+            RoundAborted: a round stayed below `cohort.minimum` in all its attempts.
+            Interrupted: the run was asked to stop; finished rounds are kept.
+            NonFinite: the joint weights ceased to be numbers.
+        """
+        while self._state.round < self._plan.run.rounds:
+            report = self._round(exchange, self._state.round + 1)
+            if self._observer is not None:
+                self._observer(report, self.weights)
+        return self.weights
+
+    def _round(self, exchange: Exchange, number: int) -> RoundReport:
+        aggregate, report = self._attempts(exchange, number)
+        mean = aggregate.total / len(aggregate.survivors)
+        change, optimizer = step(self._plan.server, self._state.optimizer, mean)
+        weights = self._state.weights + change
+        check_finite(weights, f"the joint model after round {number}")
+        averages = number > self._plan.run.rounds * (1.0 - self._plan.server.average_last)
+        self._state = replace(
+            self._state,
+            round=number,
+            weights=weights,
+            optimizer=optimizer,
+            averaged=self._state.averaged + weights if averages else self._state.averaged,
+            averaged_count=self._state.averaged_count + averages,
+            history=(*self._state.history, report.to_json()),
+        )
+        if self._folder is not None:
+            self._folder.save(self._state)
+        return report
+
+    def _attempts(self, exchange: Exchange, number: int) -> tuple[Aggregate, RoundReport]:
+        """Try until enough sites finish; every attempt's bytes count."""
+        uploaded = downloaded = 0
+        allowed = 1 + self._plan.run.max_extra_attempts
+        for attempt in range(1, allowed + 1):
+            cohort = choose_cohort(self._plan, exchange.sites(), number, attempt)
+            request = TrainRequest(
+                protocol=PROTOCOL_VERSION,
+                run_id=self.run_id,
+                plan_hash=self._hash,
+                round=number,
+                attempt=attempt,
+                weights=self._state.weights.astype(np.float32),
+            )
+            aggregate = self._aggregation.collect(request, cohort, exchange)
+            uploaded += aggregate.upload_bytes
+            downloaded += aggregate.download_bytes
+            for site, reason in aggregate.failures.items():
+                log.info("round %d attempt %d: %s: %s", number, attempt, site, reason)
+            if len(aggregate.survivors) >= self._plan.cohort.minimum:
+                report = RoundReport(
+                    round=number,
+                    cohort=len(cohort),
+                    survivors=aggregate.survivors,
+                    aborted_attempts=attempt - 1,
+                    upload_bytes=uploaded,
+                    download_bytes=downloaded,
+                )
+                return aggregate, report
+            if len(exchange.sites()) < self._plan.cohort.minimum:
+                break
+        reasons = sorted(set(aggregate.failures.values()))[:2]
+        raise RoundAborted(
+            f"round {number}: {len(aggregate.survivors)} of {len(cohort)} sites finished in the last of "
+            f"{attempt} attempts, cohort.minimum is {self._plan.cohort.minimum} ({'; '.join(reasons)})"
+        )

@@ -1,0 +1,175 @@
+"""Events in, epsilon out. An upper bound always; an unknown event is refused, never guessed.
+
+- `pld`: privacy loss distributions, pessimistic discretisation (Koskela et al. 2020; Doroshenko et al.
+  2022), by `dp-accounting`.
+- `prv`: privacy random variables with their stated error bound (Gopi, Lee, Wutschitz 2021), by Opacus.
+- `rdp`: Rényi divergences (Mironov 2017; Mironov, Talwar, Zhang 2019), by `dp-accounting`.
+
+Unsampled Gaussians compose exactly: T steps at σ are one step at σ/√T (Dong, Roth, Su 2022, Cor. 3.3),
+which spares the discretisation and its pessimism.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from accord_shared.dp.events import Event, SampledGaussian, merge
+from accord_shared.errors import MissingExtra, PlanError, UnknownMechanism
+from accord_shared.plan import Plan
+
+MIN_SIGMA, MAX_SIGMA = 0.2, 1e6
+"""Noise multipliers outside are no mechanism that anybody should run: refused as a plan error."""
+
+
+def epsilon(events: Sequence[Event], delta: float, accountant: str = "pld") -> float:
+    """The smallest proven ε such that the composition of `events` is (ε, `delta`)-DP.
+
+    Raises:
+        UnknownMechanism: an event or accountant that has no proof here.
+        MissingExtra: `prv` without Opacus.
+    """
+    merged = _collapse(merge(events))
+    return _epsilon(merged, delta, accountant) if merged else 0.0
+
+
+def _collapse(events: tuple[Event, ...]) -> tuple[Event, ...]:
+    """All unsampled Gaussians as one."""
+    full = [event for event in events if event.sampling_rate == 1.0]
+    if not full:
+        return events
+    precision = sum(event.steps / event.noise_multiplier**2 for event in full)
+    one = SampledGaussian(noise_multiplier=precision**-0.5, sampling_rate=1.0, steps=1)
+    return (*[event for event in events if event.sampling_rate < 1.0], one)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(events: tuple[Event, ...], delta: float, accountant: str) -> float:
+    compute = _ACCOUNTANTS.get(accountant)
+    if compute is None:
+        raise UnknownMechanism(f"unknown accountant {accountant!r}")
+    return compute(events, delta)
+
+
+def _compose(tool: Any, events: tuple[Event, ...], delta: float) -> float:
+    import dp_accounting  # noqa: PLC0415  (a second of imports that `accord --help` need not pay)
+
+    for event in events:
+        gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+        sampled = dp_accounting.PoissonSampledDpEvent(event.sampling_rate, gaussian)
+        tool.compose(gaussian if event.sampling_rate == 1.0 else sampled, event.steps)
+    return float(tool.get_epsilon(delta))
+
+
+def _pld(events: tuple[Event, ...], delta: float) -> float:
+    if len(events) == 1 and events[0].sampling_rate == 1.0:
+        return gaussian_epsilon(events[0].noise_multiplier, delta)
+    from dp_accounting.pld import PLDAccountant  # noqa: PLC0415
+
+    return _compose(PLDAccountant(), events, delta)
+
+
+def gaussian_epsilon(sigma: float, delta: float) -> float:
+    """ε of one Gaussian of multiplier `sigma` at `delta`, exact (Balle and Wang 2018, Theorem 8)."""
+    from scipy.optimize import brentq  # noqa: PLC0415
+    from scipy.special import log_ndtr  # noqa: PLC0415
+
+    def excess(eps: float) -> float:
+        upper = log_ndtr(0.5 / sigma - eps * sigma)
+        lower = eps + log_ndtr(-0.5 / sigma - eps * sigma)
+        return float(upper + math.log(-math.expm1(min(lower - upper, -1e-300))) - math.log(delta))
+
+    if excess(0.0) <= 0.0:
+        return 0.0
+    high = 1.0
+    while excess(high) > 0.0:
+        high *= 2.0
+    return float(brentq(excess, 0.0, high, xtol=1e-12, rtol=1e-12)) * (1 + 1e-9)
+
+
+def _rdp(events: tuple[Event, ...], delta: float) -> float:
+    from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415
+
+    return _compose(RdpAccountant(), events, delta)
+
+
+def _prv(events: tuple[Event, ...], delta: float) -> float:
+    try:
+        from opacus.accountants import PRVAccountant  # noqa: PLC0415
+    except ImportError:
+        raise MissingExtra('accountant "prv" needs Opacus: install the extra [client]') from None
+    tool = PRVAccountant()
+    tool.history = [(event.noise_multiplier, event.sampling_rate, event.steps) for event in events]
+    return float(tool.get_epsilon(delta=delta))
+
+
+_ACCOUNTANTS: dict[str, Callable[[tuple[Event, ...], float], float]] = {
+    "pld": _pld,
+    "prv": _prv,
+    "rdp": _rdp,
+}
+
+
+@lru_cache(maxsize=256)
+def calibrate(
+    target: float, delta: float, sampling_rate: float, steps: int, accountant: str = "pld"
+) -> float:
+    """The smallest noise multiplier (6 digits, rounded up) whose `steps` cost at most `target` ε.
+
+    Raises:
+        PlanError: no sensible noise reaches the target: too small to train at all.
+    """
+    from scipy.optimize import brentq  # noqa: PLC0415
+
+    def cost(sigma: float) -> float:
+        return epsilon([SampledGaussian(sigma, sampling_rate, steps)], delta, accountant)
+
+    if cost(MAX_SIGMA) > target:
+        raise PlanError(f"privacy.epsilon = {target:g} is too small to train at all at delta = {delta:g}")
+    if cost(MIN_SIGMA) <= target:
+        return MIN_SIGMA
+    low, high = MIN_SIGMA, 1.0
+    while cost(high) > target:
+        low, high = high, 2 * high
+    log_sigma = brentq(
+        lambda x: math.log(cost(math.exp(x)) / target), math.log(low), math.log(high), xtol=1e-6
+    )
+    sigma = _round_up(math.exp(log_sigma))
+    while cost(sigma) > target:  # the root is approximate: never keep its wrong side
+        sigma = _round_up(sigma * (1 + 1e-5))
+    return sigma
+
+
+def _round_up(sigma: float) -> float:
+    unit = 10.0 ** (math.floor(math.log10(sigma)) - 5)
+    return math.ceil(sigma / unit) * unit
+
+
+def noise_multiplier(plan: Plan) -> float:
+    """σ of the plan: 0 without privacy, else calibrated so that all its steps cost `privacy.epsilon`.
+
+    Raises:
+        PlanError: the target is unreachable.
+    """
+    privacy = plan.privacy
+    if privacy.epsilon is None:
+        return 0.0
+    return calibrate(privacy.epsilon, privacy.delta, plan.local.sampling_rate, plan.steps, privacy.accountant)
+
+
+def round_event(plan: Plan) -> Event | None:
+    """What one finished round costs a site under `site` noise; None without privacy."""
+    sigma = noise_multiplier(plan)
+    if sigma == 0.0:
+        return None
+    return SampledGaussian(sigma, plan.local.sampling_rate, plan.local.steps_per_round)
+
+
+def plan_epsilon(plan: Plan, rounds: int) -> float | None:
+    """ε that `rounds` released rounds of the plan cost; None without privacy."""
+    event = round_event(plan)
+    if event is None:
+        return None
+    return epsilon([event] * rounds, plan.privacy.delta, plan.privacy.accountant) if rounds else 0.0

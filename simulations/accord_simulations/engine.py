@@ -1,0 +1,104 @@
+"""The federation on Flower's simulation runtime (Ray): the deployed ServerApp and ClientApp, many nodes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from accord_server.app import Timing, server_app
+from accord_server.rounds import Coordinator
+from accord_shared.errors import AccordError, Aborted
+from accord_shared.plan import Plan
+from accord_shared.vectors import Vector
+from accord_simulations.participants import ParticipantHandler, WorkFolder
+from accord_simulations.scenario import Resources
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a federation is run on this machine or on a Ray cluster."""
+
+    resources: Resources
+    ray_address: str | None = None
+    log_file: Path | None = None
+
+    def run(
+        self,
+        plan: Plan,
+        coordinator: Coordinator,
+        work: WorkFolder,
+        *,
+        stopping: Callable[[], bool],
+        on_joined: Callable[[Sequence[str]], None] = lambda _: None,
+    ) -> Vector:
+        """All rounds that are left; returns the finished weights [P].
+
+        Raises:
+            RoundAborted, Interrupted, NonFinite: as `Coordinator.run`.
+            Aborted: Flower or Ray failed.
+        """
+        os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        from flwr.simulation import run_simulation  # noqa: PLC0415
+
+        from accord_client.app import client_app  # noqa: PLC0415
+
+        finished: list[Vector] = []
+        app = server_app(
+            plan,
+            coordinator,
+            timing=Timing(trip_timeout_s=self.resources.round_timeout_s),
+            stopping=stopping,
+            on_joined=on_joined,
+            on_finished=finished.append,
+        )
+        with _flower_log(self.log_file):
+            try:
+                run_simulation(
+                    server_app=app,
+                    client_app=client_app(ParticipantHandler(work)),
+                    num_supernodes=work.participants,
+                    backend_config=self._backend(),
+                )
+            except AccordError:
+                raise
+            except Exception as error:
+                raise Aborted(f"Flower's simulation runtime failed: {str(error).splitlines()[0][:200]}") from error
+        if not finished:
+            raise Aborted("Flower's simulation runtime ended before the run did")
+        return finished[0]
+
+    def _backend(self) -> dict[str, dict[str, object]]:
+        init: dict[str, object] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        if self.ray_address is not None:
+            init["address"] = self.ray_address
+        else:
+            init["num_cpus"] = os.cpu_count() or 1
+            init["object_store_memory"] = 256 * 2**20
+        resources = {
+            "num_cpus": self.resources.cpus_per_participant,
+            "num_gpus": self.resources.gpus_per_participant,
+        }
+        return {"init_args": init, "client_resources": dict(resources)}
+
+
+@contextmanager
+def _flower_log(path: Path | None) -> Iterator[None]:
+    """Send Flower's own log (tracebacks of simulated crashes included) to a file."""
+    logger = logging.getLogger("flwr")
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    target = logging.FileHandler(path) if path is not None else logging.NullHandler()
+    target.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers[:], logger.propagate = [target], False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+        target.close()

@@ -1,0 +1,127 @@
+"""From a scenario to what can run: population, plan, embeddings, participants' records on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accord_client.data import Examples
+from accord_client.features import FeatureCache, default_folder
+from accord_client.models import digest, locate
+from accord_client.trainer import Runtime
+from accord_client.workspace import Workspace
+from accord_shared.errors import DataError
+from accord_shared.plan import Plan
+from accord_simulations.participants import WorkFolder
+from accord_simulations.population import Population, build
+from accord_simulations.scenario import Resolved, Resources, Scenario, resolve
+
+Progress = Callable[[int], None]
+
+_ROWS_IN_MEMORY = {"head": 4096, "lora": 64, "full": 32}
+
+
+def runtime_of(resources: Resources, plan: Plan) -> Runtime:
+    """The performance flags of the scenario, with a default micro-batch by depth."""
+    return Runtime(
+        device=resources.device,
+        precision=resources.precision,
+        rows_in_memory=resources.rows_in_memory or _ROWS_IN_MEMORY[plan.adapter.depth],
+    )
+
+
+def resolve_scenario(scenario: Scenario, changes: Mapping[str, Any], data: Path | None) -> Resolved:
+    """Build the population and the plan.
+
+    Raises:
+        DataError: the data set is missing, malformed, or has an empty participant.
+        PlanError, ModelError: the plan contradicts itself or its model is not there.
+    """
+    seed = int(changes.get("run.seed", scenario.plan.get("run", {}).get("seed", 0)))
+    population = build(scenario.data, scenario.population, path=data, seed=seed)
+    for participant in population.participants:
+        if not len(participant.train):
+            raise DataError(f"participant {participant.name} has no records")
+    source = str(changes.get("model.source", scenario.plan.get("model", {}).get("source", "")))
+    known = digest(locate(source)) if source else None
+    return resolve(scenario, population, changes, known)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A resolved scenario with its records and embeddings in place."""
+
+    resolved: Resolved
+    workspace: Workspace
+    work: WorkFolder
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that runs."""
+        return self.resolved.plan
+
+    @property
+    def population(self) -> Population:
+        """The participants."""
+        return self.resolved.population
+
+    def workspace_for(self, plan: Plan) -> Workspace:
+        """A workspace of a comparison's plan over the same cached embeddings."""
+        if plan.hash == self.plan.hash:
+            return self.workspace
+        return Workspace(plan, FeatureCache(self.work.cache), runtime_of(self.resolved.scenario.resources, plan))
+
+    def work_for(self, name: str, participants: int) -> WorkFolder:
+        """A work folder for a comparison beside the federation's own; without faults."""
+        from accord_simulations.faults import FaultSpec  # noqa: PLC0415
+
+        return replace(self.work, root=self.work.root / "compare" / name, participants=participants, faults=FaultSpec())
+
+
+def prepare(resolved: Resolved, folder: Path, cache: Path | None, on_embedded: Progress = lambda _: None) -> Prepared:
+    """Lay out `folder` for the participants and embed every text once (depth `head`).
+
+    Embeddings are kept in `cache` over runs, by unique text: they depend on neither partition nor seed.
+    """
+    plan, scenario = resolved.plan, resolved.scenario
+    runtime = runtime_of(scenario.resources, plan)
+    work = WorkFolder(
+        root=folder,
+        cache=folder / "features",
+        participants=len(resolved.population.participants),
+        seed=plan.run.seed,
+        runtime=runtime,
+        faults=scenario.faults,
+    )
+    workspace = Workspace(plan, FeatureCache(work.cache), runtime)
+    for index, participant in enumerate(resolved.population.participants):
+        work.put_records(index, participant.name, participant.train)
+    _share_embeddings(resolved, workspace, cache or default_folder() / "features", on_embedded)
+    return Prepared(resolved=resolved, workspace=workspace, work=work)
+
+
+def _share_embeddings(resolved: Resolved, workspace: Workspace, cache: Path, on_embedded: Progress) -> None:
+    population, labels = resolved.population, resolved.plan.task.texts
+    groups: list[Examples] = [population.train, population.test]
+    groups += [population.validation] if population.validation is not None else []
+    if resolved.plan.adapter.depth != "head":
+        groups = []
+    unique = tuple(sorted({text for group in groups for text in group.texts} | set(labels)))
+    runtime = replace(workspace.runtime, rows_in_memory=64)
+    source = Workspace(resolved.plan, FeatureCache(cache), runtime)
+    embeddings = source.embeddings(unique, on_embedded)
+    place = {text: index for index, text in enumerate(unique)}
+
+    def keep(texts: tuple[str, ...]) -> None:
+        workspace.keep_embeddings(texts, np.ascontiguousarray(embeddings[[place[text] for text in texts]]))
+
+    keep(labels)
+    for group in groups:
+        keep(group.texts)
+    if groups:
+        for participant in population.participants:
+            keep(participant.train.texts)

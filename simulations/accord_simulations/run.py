@@ -1,0 +1,351 @@
+"""One simulation from scenario to report: set up, federate on Flower, compare, export, write."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accord_client.export import export_model
+from accord_server.aggregation import PlainAggregation
+from accord_server.checkpoint import CheckpointFolder
+from accord_server.rounds import Coordinator, RoundReport
+from accord_shared.dp.accounting import epsilon, noise_multiplier, plan_epsilon
+from accord_shared.files import make_folder, write_atomic
+from accord_shared.plan import Plan
+from accord_shared.vectors import Vector
+from accord_simulations.compare import compare
+from accord_simulations.engine import Engine
+from accord_simulations.output import OutputFolder, claim
+from accord_simulations.prepare import Prepared, prepare, resolve_scenario
+from accord_simulations.progress import Progress
+from accord_simulations.resources import PeakMemory, versions
+from accord_simulations.results import Comparison, ParticipantResult, RoundResult, SimulationResult
+from accord_simulations.scenario import Resolved, Scenario
+from accord_simulations.scoring import Scorer
+
+T = TypeVar("T")
+
+EPSILON_POINTS = 20
+"""Sampled mechanisms are accounted at this many rounds for the curve: each point costs half a second."""
+
+SCORED_ROUNDS = 20
+"""At depths where scoring the held-out data takes seconds, it is done this often (and at the end)."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to a scenario."""
+
+    out: Path
+    data: Path | None = None
+    resume: bool = False
+    compare: tuple[str, ...] = ()
+    ray_address: str | None = None
+    cache: Path | None = None
+    report: bool = True
+
+
+def simulate(
+    scenario: Scenario,
+    changes: Mapping[str, Any],
+    options: Options,
+    *,
+    progress: Progress | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> SimulationResult:
+    """Run a scenario; leaves `report.html`, `report.json`, pictures and `model/` in `options.out`.
+
+    Raises:
+        BadInput: the scenario, data, model or output folder cannot be used; nothing was half-written.
+        RoundAborted, Interrupted: finished rounds are kept, `resume` continues.
+    """
+    started = time.monotonic()
+    resolved = resolve_scenario(scenario, changes, options.data)
+    folder = claim(options.out, resolved.plan.hash, resume=options.resume)
+    display = progress or Progress(metric="", epsilon_target=None, enabled=False)
+    with PeakMemory() as memory:
+        run = _Simulation(resolved, changes, options, folder, display, stopping)
+        result = run.execute()
+    result = replace(result, peak_rss_bytes=memory.bytes, seconds=time.monotonic() - started)
+    if options.report:
+        from accord_simulations.report import write_report  # noqa: PLC0415
+
+        write_report(result, folder.path)
+    return result
+
+
+class _Simulation:
+    """The state of one simulation while it runs."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        changes: Mapping[str, Any],
+        options: Options,
+        folder: OutputFolder,
+        progress: Progress,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._resolved, self._plan, self._changes = resolved, resolved.plan, changes
+        self._options, self._folder = options, folder
+        self._progress, self._stopping = progress, stopping
+        self._stage_s: dict[str, float] = {}
+        self._rounds = _RoundLog(folder.work / "rounds.jsonl")
+
+    def execute(self) -> SimulationResult:
+        prepared = self._stage("embed", self._prepare)
+        weights = self._stage("rounds", lambda: self._federate(prepared))
+        comparisons = self._stage("compare", lambda: self._compare(prepared))
+        return self._stage("export", lambda: self._finish(prepared, weights, comparisons))
+
+    def _stage(self, name: str, work: Callable[[], T]) -> T:
+        started = time.monotonic()
+        try:
+            return work()
+        finally:
+            self._stage_s[name] = time.monotonic() - started
+
+    def _prepare(self) -> Prepared:
+        texts = len(self._resolved.population.train) + len(self._resolved.population.test)
+        self._progress.stage("embedding", total=texts)
+        make_folder(self._folder.work)
+        return prepare(self._resolved, self._folder.work, self._options.cache, self._progress.advance)
+
+    def _federate(self, prepared: Prepared) -> Vector:
+        plan = self._plan
+        checkpoints = CheckpointFolder(self._folder.checkpoint)
+        scorer = Scorer(prepared.workspace, prepared.population.test)
+        watcher = _RoundWatcher(prepared, scorer, self._rounds, self._progress)
+        coordinator = Coordinator(
+            plan,
+            secrets.token_hex(8),
+            prepared.workspace.initial(),
+            aggregation=PlainAggregation(),
+            checkpoints=checkpoints,
+            observer=watcher.observe,
+        )
+        watcher.restore(coordinator.finished_rounds)
+        self._progress.stage("federating", total=plan.run.rounds)
+        if coordinator.finished_rounds == plan.run.rounds:
+            return coordinator.weights
+        engine = Engine(
+            self._resolved.scenario.resources, self._options.ray_address, self._folder.path / "flower.log"
+        )
+        return engine.run(
+            plan, coordinator, prepared.work, stopping=self._stopping, on_joined=lambda _: watcher.start()
+        )
+
+    def _compare(self, prepared: Prepared) -> tuple[Comparison, ...]:
+        done: list[Comparison] = []
+        kept = self._folder.work / "comparisons.json"
+        known = {c["name"]: c for c in json.loads(kept.read_text())} if kept.exists() else {}
+        for name in self._options.compare:
+            self._progress.stage(f"comparing: {name}")
+            if name in known:
+                done.append(Comparison(**{**known[name], "curve": tuple(known[name]["curve"])}))
+                continue
+            done.append(compare(prepared, self._changes, name, self._stopping))
+            write_atomic(kept, json.dumps([asdict(comparison) for comparison in done]).encode())
+        return tuple(done)
+
+    def _finish(
+        self, prepared: Prepared, weights: Vector, comparisons: tuple[Comparison, ...]
+    ) -> SimulationResult:
+        self._progress.stage("exporting")
+        scorer = Scorer(prepared.workspace, prepared.population.test)
+        predicted = scorer.predictions(weights)
+        metrics = scorer.score_predictions(predicted)
+        by_text = dict(zip(prepared.population.test.texts, predicted.tolist(), strict=True))
+        participants = _participants(prepared, by_text)
+        rounds = _with_busy(self._rounds.rounds, self._rounds.ends, prepared)
+        spent = [participant.epsilon for participant in participants if participant.epsilon is not None]
+        facts: dict[str, Any] = {
+            "epsilon": max(spent) if spent else None,
+            "epsilon_all_collude": max(spent) if spent else None,  # site noise: nobody else's noise protects
+            "delta": self._plan.privacy.delta,
+            "metrics": metrics,
+        }
+        export_model(prepared.workspace, weights, self._folder.model, facts)
+        return self._result(prepared, metrics, rounds, participants, comparisons, facts)
+
+    def _result(
+        self,
+        prepared: Prepared,
+        metrics: dict[str, float],
+        rounds: tuple[RoundResult, ...],
+        participants: tuple[ParticipantResult, ...],
+        comparisons: tuple[Comparison, ...],
+        facts: Mapping[str, Any],
+    ) -> SimulationResult:
+        plan, scenario, population = self._plan, self._resolved.scenario, prepared.population
+        last = rounds[-1]
+        return SimulationResult(
+            scenario=scenario.scenario.name,
+            text=scenario.scenario.text,
+            plan=json.loads(plan.to_json()),
+            plan_hash=plan.hash,
+            population={
+                "source": population.source,
+                "partition": scenario.population.partition,
+                "participants": len(population.participants),
+                "records": len(population.train),
+                "test_records": len(population.test),
+                "ceiling": population.ceiling,
+                "faults": scenario.faults.model_dump(),
+                "tuned": list(self._resolved.tuned),
+            },
+            metric=plan.evaluation.metrics[0],
+            metrics=metrics,
+            rounds=rounds,
+            participants=participants,
+            comparisons=comparisons,
+            epsilon=facts["epsilon"],
+            epsilon_all_collude=facts["epsilon_all_collude"],
+            epsilon_target=plan.privacy.epsilon,
+            delta=plan.privacy.delta,
+            noise_multiplier=noise_multiplier(plan),
+            trips_per_round=PlainAggregation.trips,
+            upload_bytes_per_site_round=last.upload_bytes // max(1, last.survivors),
+            download_bytes_per_site_round=last.download_bytes // max(1, last.cohort * (1 + last.aborted_attempts)),
+            aborted_attempts=sum(item.aborted_attempts for item in rounds),
+            seconds=0.0,
+            stage_s=dict(self._stage_s),
+            peak_rss_bytes=0,
+            seed=plan.run.seed,
+            versions=versions(),
+        )
+
+
+class _RoundLog:
+    """The rounds so far on disk, one JSON line each, so that a resumed run reports all of them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rounds: tuple[RoundResult, ...] = ()
+        self.ends: tuple[tuple[float, float], ...] = ()
+        """(start, end) of each round in seconds since the epoch."""
+
+    def restore(self, finished: int) -> None:
+        """Read back the rounds that the checkpoint counts as finished."""
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        entries = [json.loads(line) for line in lines if line.endswith("}")]
+        by_round = {entry["result"]["round"]: entry for entry in entries if entry["result"]["round"] <= finished}
+        ordered = [by_round[number] for number in sorted(by_round)]
+        self.rounds = tuple(RoundResult(**entry["result"]) for entry in ordered)
+        self.ends = tuple((entry["start"], entry["end"]) for entry in ordered)
+
+    def add(self, result: RoundResult, start: float, end: float) -> None:
+        """Append a finished round."""
+        self.rounds = (*self.rounds, result)
+        self.ends = (*self.ends, (start, end))
+        with self._path.open("a") as file:
+            file.write(json.dumps({"result": asdict(result), "start": start, "end": end}) + "\n")
+
+
+class _RoundWatcher:
+    """Scores a finished round, accounts for it, shows it."""
+
+    def __init__(self, prepared: Prepared, scorer: Scorer, log: _RoundLog, progress: Progress) -> None:
+        self._plan = prepared.plan
+        self._scorer, self._log, self._progress = scorer, log, progress
+        self._released: Counter[str] = Counter()
+        self._since = time.time()
+        self._epsilon: float | None = None
+
+    def restore(self, finished: int) -> None:
+        """Continue after `finished` rounds."""
+        self._log.restore(finished)
+
+    def start(self) -> None:
+        """The sites have joined: rounds begin."""
+        self._since = time.time()
+
+    def observe(self, report: RoundReport, weights: Vector) -> None:
+        """Called by the coordinator after each round."""
+        trained = time.time()
+        self._released.update(report.survivors)
+        metrics = self._scorer.score(weights) if self._is_scored(report.round) else {}
+        if self._is_accounted(report.round):
+            self._epsilon = plan_epsilon(self._plan, report.round)
+        now = time.time()
+        result = RoundResult(
+            round=report.round,
+            metrics=metrics,
+            epsilon=self._epsilon,
+            cohort=report.cohort,
+            survivors=len(report.survivors),
+            upload_bytes=report.upload_bytes,
+            download_bytes=report.download_bytes,
+            stage_s={"round": trained - self._since, "score": now - trained},
+            aborted_attempts=report.aborted_attempts,
+        )
+        self._log.add(result, self._since, trained)
+        self._progress.round(result, self._plan.run.rounds)
+        self._since = time.time()
+
+    def _is_scored(self, number: int) -> bool:
+        return self._plan.adapter.depth == "head" or _every(number, self._plan.run.rounds, SCORED_ROUNDS)
+
+    def _is_accounted(self, number: int) -> bool:
+        return self._plan.local.sampling_rate == 1.0 or _every(number, self._plan.run.rounds, EPSILON_POINTS)
+
+
+def _every(number: int, rounds: int, points: int) -> bool:
+    return number in (1, rounds) or number % max(1, rounds // points) == 0
+
+
+def _participants(prepared: Prepared, by_text: Mapping[str, int]) -> tuple[ParticipantResult, ...]:
+    import numpy as np  # noqa: PLC0415
+
+    from accord_client.tasks.classification import score  # noqa: PLC0415
+
+    plan: Plan = prepared.plan
+    results = []
+    for index, participant in enumerate(prepared.population.participants):
+        releases = prepared.work.store(index).releases(plan.hash)
+        own = participant.test
+        predicted = np.asarray([by_text[text] for text in own.texts], dtype=np.int64)
+        metrics = score(predicted, own.labels, len(plan.task.labels), plan.evaluation.metrics) if len(own) else {}
+        spent = None
+        if plan.privacy.noise != "none":
+            spent = epsilon(releases.events, plan.privacy.delta, plan.privacy.accountant)
+        results.append(
+            ParticipantResult(
+                name=participant.name,
+                records=len(participant.train),
+                rounds_released=releases.rounds,
+                epsilon=spent,
+                metrics=metrics,
+            )
+        )
+    return tuple(results)
+
+
+def _with_busy(
+    rounds: tuple[RoundResult, ...], spans: tuple[tuple[float, float], ...], prepared: Prepared
+) -> tuple[RoundResult, ...]:
+    """Split each round's wall time by the participants' own clocks: training (per parallel worker) and the rest."""
+    busy = prepared.work.busy()
+    result = []
+    for item, (start, end) in zip(rounds, spans, strict=True):
+        inside = [(max(begin, start), min(stop, end)) for _, begin, stop in busy if stop > start and begin < end]
+        train = _union(inside)
+        wall = item.stage_s["round"]
+        stages = {"train": train, "score": item.stage_s["score"], "other": max(0.0, wall - train)}
+        result.append(replace(item, stage_s=stages))
+    return tuple(result)
+
+
+def _union(intervals: list[tuple[float, float]]) -> float:
+    """Seconds during which at least one participant was at work."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

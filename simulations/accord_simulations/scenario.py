@@ -1,0 +1,191 @@
+"""Scenarios: a population, its faults and a plan in one TOML file, resolved to what will run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from accord_shared.errors import PlanError
+from accord_shared.plan import Plan, apply_changes, first_problem, make_plan, read_toml
+from accord_simulations.faults import FaultSpec
+from accord_simulations.population import DataSpec, Population, PopulationSpec
+
+COMPARISONS = ("alone", "nonprivate", "central", "central_nonprivate")
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Title(_Table):
+    """Name and one paragraph of what is emulated."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    text: str
+
+
+class Tuned(_Table):
+    """Plan keys found on a validation split, applied `when` the plan's depth, noise and epsilon match.
+
+    Entries that name an epsilon compete: the one nearest in log ε among those that match otherwise is taken.
+    `how` says which data and grid they come from.
+    """
+
+    when: dict[str, Any]
+    set: dict[str, Any]
+    how: str
+
+
+class Resources(_Table):
+    """Performance flags of the simulation; none of them changes what is computed."""
+
+    cpus_per_participant: float = Field(default=1.0, gt=0)
+    gpus_per_participant: float = Field(default=0.0, ge=0)
+    device: str = "cpu"
+    precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")
+    rows_in_memory: int | None = Field(default=None, ge=1)
+    round_timeout_s: float = Field(default=3600.0, gt=0)
+
+
+class Scenario(_Table):
+    """A scenario file."""
+
+    scenario: Title
+    data: DataSpec
+    population: PopulationSpec
+    faults: FaultSpec = FaultSpec()
+    resources: Resources = Resources()
+    plan: dict[str, Any]
+    tuned: tuple[Tuned, ...] = ()
+    compare: dict[str, dict[str, Any]] = {}
+
+
+def shipped() -> dict[str, Path]:
+    """Scenario files that come with Accord, by name."""
+    folder = Path(str(files("accord_simulations") / "scenarios"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def make_scenario(table: Mapping[str, Any]) -> Scenario:
+    """Validate a nested table.
+
+    Raises:
+        PlanError: one line that names the key.
+    """
+    try:
+        scenario = Scenario.model_validate(table)
+    except ValidationError as error:
+        raise PlanError(first_problem(error)) from None
+    unknown = sorted(set(scenario.compare) - set(COMPARISONS))
+    if unknown:
+        raise PlanError(f"unknown key: compare.{unknown[0]} (known: {', '.join(COMPARISONS)})")
+    return scenario
+
+
+def read_scenario(name: str) -> dict[str, Any]:
+    """The table of a shipped scenario, or of a file by its path.
+
+    Raises:
+        PlanError: neither is there.
+    """
+    known = shipped()
+    path = known.get(name) or Path(name)
+    if not path.exists():
+        raise PlanError(f"no scenario {name!r}: shipped are {', '.join(known)}; or give the path of a .toml file")
+    return read_toml(path)
+
+
+def override(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A scenario table with dotted keys replaced; keys of the plan need no `plan.` in front.
+
+    Raises:
+        PlanError: a key names no table of a scenario or plan.
+    """
+    own = set(Scenario.model_fields)
+    full: dict[str, Any] = {}
+    for key, value in changes.items():
+        top = key.split(".")[0]
+        if top not in own and top not in Plan.model_fields:
+            raise PlanError(f"unknown key: {key}")
+        full[key if top in own else f"plan.{key}"] = value
+    return apply_changes(dict(table), full)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A scenario with every choice made: the population that exists and the plan that runs."""
+
+    scenario: Scenario
+    population: Population
+    plan: Plan
+    tuned: tuple[str, ...]
+    """Where the tuned keys come from."""
+
+
+def resolve(
+    scenario: Scenario, population: Population, changes: Mapping[str, Any], model_digest: str | None
+) -> Resolved:
+    """Fill what a scenario may leave to the population, apply tuned keys, then the user's `changes`.
+
+    Labels, mean records per participant and the cohort's size are public facts of a simulated population.
+
+    Raises:
+        PlanError: the result contradicts itself.
+    """
+    participants = len(population.participants)
+    dropping = math.ceil(scenario.faults.dropout * participants)
+    facts: dict[str, Any] = {
+        "run.name": scenario.scenario.name,
+        "task.labels": list(population.labels),
+        "task.label_texts": list(population.label_texts),
+        "local.expected_records": max(1, round(len(population.train) / participants)),
+        "cohort.size": participants,
+        "cohort.minimum": max(1, math.ceil(participants / 2) - dropping),
+    }
+    if model_digest is not None:
+        facts["model.digest"] = model_digest
+    given = _flat(scenario.plan)
+    base = apply_changes(scenario.plan, {key: value for key, value in facts.items() if key not in given})
+    wanted = apply_changes(base, dict(changes))
+    if wanted.get("privacy", {}).get("noise") == "none" and "privacy.epsilon" not in changes:
+        wanted = apply_changes(wanted, {"privacy.epsilon": None})
+    matching = _matching(scenario.tuned, wanted)
+    for entry in matching:
+        for key, value in entry.set.items():
+            if key not in changes:
+                wanted = apply_changes(wanted, {key: value})
+    return Resolved(
+        scenario=scenario,
+        population=population,
+        plan=make_plan(wanted),
+        tuned=tuple(entry.how for entry in matching),
+    )
+
+
+def _flat(table: Mapping[str, Any]) -> set[str]:
+    return {f"{name}.{key}" for name, value in table.items() if isinstance(value, dict) for key in value}
+
+
+def _matching(entries: tuple[Tuned, ...], table: Mapping[str, Any]) -> list[Tuned]:
+    privacy = table.get("privacy", {})
+    facts = {
+        "depth": table.get("adapter", {}).get("depth", "head"),
+        "noise": privacy.get("noise", "site"),
+    }
+    fitting = [
+        entry
+        for entry in entries
+        if all(facts.get(key) == value for key, value in entry.when.items() if key != "epsilon")
+    ]
+    epsilon = privacy.get("epsilon")
+    by_epsilon = [entry for entry in fitting if "epsilon" in entry.when]
+    chosen = [entry for entry in fitting if "epsilon" not in entry.when]
+    if by_epsilon and isinstance(epsilon, int | float) and epsilon > 0:
+        chosen.append(min(by_epsilon, key=lambda entry: abs(math.log(entry.when["epsilon"] / epsilon))))
+    return chosen
