@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from accord_shared.errors import AccordError
-from accord_shared.messages import Message, Refusal
-from accord_shared.wire import decode, encode
 from flwr.app import Context
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
+
+from accord_shared.errors import AccordError
+from accord_shared.messages import Message, Refusal
+from accord_shared.wire import decode, encode
 
 
 def client_app(handler_of: Callable[[Context], Callable[[Message], Message]]) -> ClientApp:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
 from accord_shared.errors import DataError, MissingExtra
 
 EmptyTexts = Literal["refuse", "drop"]

@@ -10,21 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accord_shared.dp.noise import SecureGenerator, snap
-from accord_shared.errors import PrivacyError
 from opacus.optimizers import DPOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from accord_client.gradients import Clipped
+from accord_shared.dp.noise import SecureGenerator, snap
+from accord_shared.errors import PrivacyError
 
 
-class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus' `DPOptimizer` over sums that the tape has clipped already.
+class ClippedOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus' `DPOptimizer` over sums that the tape has clipped already, without noise and so without privacy.
 
-    One step: add N(0, (σC)²) to the sum of clipped gradients, divide by the public `expected_batch`,
-    let the wrapped optimiser step. The noise is drawn once for the flat vector, in fp64, and the noised sum
-    is snapped to a public grid.
+    One step: divide the sum by the public `expected_batch`, let the wrapped optimiser step.
     """
 
     def __init__(
@@ -37,11 +35,8 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         generator: SecureGenerator,
         on_step: Callable[[], None],
     ) -> None:
-        if not (noise_multiplier > 0 and clip_norm > 0 and expected_batch > 0):
-            raise PrivacyError(
-                f"a private step needs noise, clip norm and divisor above 0, "
-                f"not {noise_multiplier}, {clip_norm}, {expected_batch}"
-            )
+        if not (clip_norm > 0 and expected_batch > 0):
+            raise PrivacyError(f"clip norm {clip_norm} and divisor {expected_batch} must be above 0")
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -61,15 +56,18 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         """Add one micro-batch of the step's Poisson sample."""
         self._sum = clipped.total if self._sum is None else self._sum + clipped.total
 
+    def noised(self, total: Tensor) -> Tensor:
+        """What is released of the clipped sum `total` [P]."""
+        return total
+
     def add_noise(self) -> None:
-        """Noise the flat sum (an empty sample is noise alone) and hand out the parts."""
-        parameters = self.params
-        scale = self.noise_multiplier * self.max_grad_norm
-        noise = torch.from_numpy(self.generator.gaussian(sum(p.numel() for p in parameters), scale))
-        noised = noise if self._sum is None else self._sum.double().cpu() + noise
-        noised = torch.from_numpy(snap(noised.numpy(), scale)).to(parameters[0].device, torch.float32)
-        parts = noised.split([p.numel() for p in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
+        """Hand out the parts of the released sum (of an empty sample too)."""
+        parameters: list[nn.Parameter] = self.params
+        sizes = [parameter.numel() for parameter in parameters]
+        total = self._sum
+        if total is None:
+            total = torch.zeros(sum(sizes), device=parameters[0].device)
+        for parameter, part in zip(parameters, torch.split(self.noised(total), sizes), strict=True):
             parameter.grad = part.view_as(parameter).clone()
         self._sum = None
 
@@ -80,3 +78,23 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self.scale_grad()
         self.step_hook(self)
         return True
+
+
+class NoisyOptimizer(ClippedOptimizer):
+    """The private step: N(0, (σC)²) on the sum of clipped gradients, drawn in fp64 and snapped to a public grid.
+
+    Raises:
+        PrivacyError: σ is not above 0.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, noise_multiplier: float, **rest: Any) -> None:
+        if not noise_multiplier > 0:
+            raise PrivacyError(f"a private step needs a noise multiplier above 0, not {noise_multiplier}")
+        super().__init__(optimizer, noise_multiplier=noise_multiplier, **rest)
+
+    def noised(self, total: Tensor) -> Tensor:
+        """`total` [P] with noise, once for the flat vector."""
+        scale = self.noise_multiplier * self.max_grad_norm
+        noise = self.generator.gaussian(total.numel(), scale)
+        released = snap(total.double().cpu().numpy() + noise, scale)
+        return torch.from_numpy(released).to(total.device, torch.float32)

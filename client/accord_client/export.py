@@ -32,10 +32,10 @@ folder, base = ".", {base!r}  # the base model: a folder or a hub name
 info, head = json.load(open(f"{{folder}}/accord.json")), load_file(f"{{folder}}/head.safetensors")
 tokenizer, encoder = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base).eval(){backbone}
 batch = tokenizer(["Where is my card?"], truncation=True, max_length=info["max_tokens"], padding=True, return_tensors="pt")
-hidden, mask = encoder(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+hidden, mask = encoder(**batch, output_hidden_states=True).hidden_states[{layer}], batch["attention_mask"].unsqueeze(-1)
 pooled = {pooled}
-features = torch.nn.functional.normalize(pooled - head["center"], dim=-1)
-print([info["labels"][i] for i in (features @ head["weight"].T + head["bias"]).argmax(-1)])
+features = torch.nn.functional.normalize(pooled, dim=-1) - head["center"]
+print([info["labels"][i] for i in (features @ head["weight"].T).argmax(-1)])
 ```
 """
 
@@ -55,7 +55,7 @@ def export_model(workspace: Workspace, weights: Vector, folder: Path, facts: dic
     tensors = workspace.model.layout.split(weights)
     head = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith("head.")}
     frame = workspace.frame
-    center = frame.embeddings.mean(dim=0) if plan.adapter.features == "label-centered" else torch.zeros(1)
+    center = frame.center if plan.adapter.features == "label-centered" else torch.zeros(1)
     write_atomic(folder / "head.safetensors", save({**_contiguous(head), "center": center.float().numpy()}))
     if plan.adapter.depth == "lora":
         _write_adapter(workspace, weights, folder)
@@ -84,7 +84,7 @@ def _contiguous(tensors: dict[str, Any]) -> dict[str, Any]:
 
 def _write_adapter(workspace: Workspace, weights: Vector, folder: Path) -> None:
     """peft's own two files, so that `PeftModel.from_pretrained` reads them."""
-    from peft import get_peft_model_state_dict  # noqa: PLC0415
+    from peft import get_peft_model_state_dict
 
     model = workspace.model
     if not isinstance(model, EncoderModel):
@@ -113,11 +113,12 @@ def _readme(workspace: Workspace, facts: dict[str, Any]) -> str:
         text=f"{plan.run.name}: {len(plan.task.labels)} classes, depth `{plan.adapter.depth}`. {promise}",
         base=base,
         backbone=_LOAD_BACKBONE[plan.adapter.depth],
+        layer=plan.model.layer,
         pooled=_POOLED[_pooling(workspace)],
     )
 
 
 def _pooling(workspace: Workspace) -> str:
-    from accord_client.models import pooling, verified  # noqa: PLC0415
+    from accord_client.models import pooling, verified
 
     return pooling(verified(workspace.plan.model))

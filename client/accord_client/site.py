@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from accord_client.data import Examples
+from accord_client.store import Releases, SiteStore
+from accord_client.trainer import Batches, train
+from accord_client.workspace import Workspace
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.dp.accounting import noise_multiplier, round_event
 from accord_shared.dp.noise import SecureGenerator
@@ -11,11 +15,6 @@ from accord_shared.errors import AccordError, BudgetExhausted, DataError, Protoc
 from accord_shared.messages import Enquiry, Joined, Message, Refusal, TrainReply, TrainRequest
 from accord_shared.plan import Plan
 from accord_shared.vectors import Vector, check_finite, check_length
-
-from accord_client.data import Examples
-from accord_client.store import Releases, SiteStore
-from accord_client.trainer import Batches, train
-from accord_client.workspace import Workspace
 
 
 class Site:
@@ -91,6 +90,8 @@ class Site:
         return _reply(request, self._store.last_update(spent))
 
     def _check_budget(self, plan: Plan, spent: Releases) -> None:
+        if spent.rounds >= plan.rounds_per_site:
+            raise BudgetExhausted(f"all {plan.rounds_per_site} rounds that the plan grants a site are released")
         if plan.privacy.noise != "none" and spent.steps + plan.local.steps_per_round > plan.steps:
             raise BudgetExhausted(f"{spent.steps} of the plan's {plan.steps} steps are spent")
 
@@ -107,9 +108,7 @@ class Site:
             generator=self._generator,
             runtime=workspace.runtime,
         )
-        self._store.release(
-            request.plan_hash, request.round, request.model_hash, result.update, round_event(plan)
-        )
+        self._store.release(request.plan_hash, request.round, request.model_hash, result.update, round_event(plan))
         return _reply(request, result.update)
 
     def _records(self, plan: Plan, workspace: Workspace) -> Batches:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from accord_shared.dp.events import Event, event_from_json, merge
 from accord_shared.errors import PrivacyError
 from accord_shared.files import make_folder, write_atomic

@@ -10,15 +10,15 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from accord_client.dpsgd import ClippedOptimizer, NoisyOptimizer
+from accord_client.gradients import GradientTape
 from accord_shared.dp.noise import SecureGenerator
 from accord_shared.errors import PrivacyError
 from accord_shared.plan import LocalSpec
 from accord_shared.vectors import Layout, Vector, check_finite
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from accord_client.dpsgd import NoisyOptimizer
-from accord_client.gradients import GradientTape
 
 Indices = npt.NDArray[np.int64]
 
@@ -43,8 +43,13 @@ class Runtime:
 class Batches(Protocol):
     """Prepared records of one site."""
 
-    labels: Tensor  # [n] int64
-    units: Indices  # [n] privacy unit of each row, 0..n_units-1
+    @property
+    def labels(self) -> Tensor:
+        """Class [n] int64 of each row."""
+
+    @property
+    def units(self) -> Indices:
+        """Privacy unit [n] of each row, 0..n_units-1."""
 
     def inputs(self, rows: Indices) -> Tensor | dict[str, Tensor]:
         """The model's input for the rows, on the model's device."""
@@ -87,7 +92,7 @@ def train(
 ) -> LocalUpdate:
     """Run `steps_per_round` local steps from `weights` [P].
 
-    `noise_multiplier` 0 means plain training without clipping and without any privacy.
+    `noise_multiplier` 0 means plain training without any privacy, clipped per unit where the plan names C.
 
     Raises:
         PrivacyError: the steps that ran are not the steps that the plan accounts for.
@@ -95,10 +100,7 @@ def train(
     """
     check_finite(weights, "the joint weights")
     model.load(weights)
-    if noise_multiplier > 0.0:
-        steps, rejected = _private_steps(model, batches, spec, noise_multiplier, generator, runtime)
-    else:
-        steps, rejected = _plain_steps(model, batches, spec, generator, runtime), 0
+    steps, rejected = _Steps(model, batches, spec, noise_multiplier, generator, runtime).run()
     if steps != spec.steps_per_round:
         raise PrivacyError(f"{steps} steps ran, the plan accounts for {spec.steps_per_round}")
     update = model.vector() - weights
@@ -106,72 +108,82 @@ def train(
     return LocalUpdate(update=update, steps=steps, rejected=rejected)
 
 
-def _optimizer(model: TrainableModel, spec: LocalSpec) -> torch.optim.Optimizer:
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
-    if spec.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=spec.learning_rate)
-    return torch.optim.SGD(parameters, lr=spec.learning_rate, momentum=spec.momentum)
+@dataclass
+class _Steps:
+    """The local steps of one round."""
 
+    model: TrainableModel
+    batches: Batches
+    spec: LocalSpec
+    noise_multiplier: float
+    generator: SecureGenerator
+    runtime: Runtime
+    accounted: int = 0
+    rejected: int = 0
 
-def _private_steps(
-    model: TrainableModel,
-    batches: Batches,
-    spec: LocalSpec,
-    noise_multiplier: float,
-    generator: SecureGenerator,
-    runtime: Runtime,
-) -> tuple[int, int]:
-    tape = GradientTape(model.module)
-    accounted = 0
-    rejected = 0
+    def run(self) -> tuple[int, int]:
+        """(steps that were accounted, units left out because their gradient was not finite)."""
+        if self.spec.clip_norm is None:
+            if self.noise_multiplier > 0.0:
+                raise PrivacyError("noise without a clip norm hides nothing")
+            return self._plain(), 0
+        tape = GradientTape(self.model.module)
+        grouped = _UnitRows(self.batches.units)
+        optimizer = self._clipped_optimizer(self.spec.clip_norm)
+        for _ in range(self.spec.steps_per_round):
+            chosen = np.flatnonzero(self.generator.bernoulli(self.spec.sampling_rate, grouped.n_units))
+            for rows, unit_of_row, n_units in grouped.micro_batches(chosen, self.runtime.rows_in_memory):
+                with tape.recording(torch.from_numpy(unit_of_row).to(self.runtime.device), n_units):
+                    self._loss(rows).backward()  # type: ignore[no-untyped-call]
+                clipped = tape.clip(self.spec.clip_norm)
+                self.rejected += clipped.rejected
+                optimizer.accumulate(clipped)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return self.accounted, self.rejected
 
-    def count() -> None:
-        nonlocal accounted
-        accounted += 1
+    def _clipped_optimizer(self, clip_norm: float) -> ClippedOptimizer:
+        kind = NoisyOptimizer if self.noise_multiplier > 0.0 else ClippedOptimizer
+        return kind(
+            self._optimizer(),
+            noise_multiplier=self.noise_multiplier,
+            clip_norm=clip_norm,
+            expected_batch=self._divisor,
+            generator=self.generator,
+            on_step=self._count,
+        )
 
-    optimizer = NoisyOptimizer(
-        _optimizer(model, spec),
-        noise_multiplier=noise_multiplier,
-        clip_norm=spec.clip_norm,
-        expected_batch=spec.sampling_rate * spec.expected_records,
-        generator=generator,
-        on_step=count,
-    )
-    grouped = _UnitRows(batches.units)
-    for _ in range(spec.steps_per_round):
-        chosen = np.flatnonzero(generator.bernoulli(spec.sampling_rate, grouped.n_units))
-        for rows, unit_of_row, n_units in grouped.micro_batches(chosen, runtime.rows_in_memory):
-            with tape.recording(torch.from_numpy(unit_of_row).to(runtime.device), n_units):
-                _loss(model, batches, rows, runtime).backward()  # type: ignore[no-untyped-call]
-            clipped = tape.clip(spec.clip_norm)
-            rejected += clipped.rejected
-            optimizer.accumulate(clipped)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return accounted, rejected
+    def _count(self) -> None:
+        self.accounted += 1
 
+    @property
+    def _divisor(self) -> float:
+        """The expected batch: public constants of the plan."""
+        return self.spec.sampling_rate * self.spec.expected_records
 
-def _plain_steps(
-    model: TrainableModel, batches: Batches, spec: LocalSpec, generator: SecureGenerator, runtime: Runtime
-) -> int:
-    optimizer = _optimizer(model, spec)
-    divisor = spec.sampling_rate * spec.expected_records
-    n_rows = len(batches.units)
-    for _ in range(spec.steps_per_round):
-        rows = np.flatnonzero(generator.bernoulli(spec.sampling_rate, n_rows))
-        optimizer.zero_grad(set_to_none=True)
-        for part in _chunks(rows, runtime.rows_in_memory):
-            (_loss(model, batches, part, runtime) / divisor).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return spec.steps_per_round
+    def _plain(self) -> int:
+        optimizer = self._optimizer()
+        n_rows = len(self.batches.units)
+        for _ in range(self.spec.steps_per_round):
+            rows = np.flatnonzero(self.generator.bernoulli(self.spec.sampling_rate, n_rows))
+            optimizer.zero_grad(set_to_none=True)
+            for part in _chunks(rows, self.runtime.rows_in_memory):
+                (self._loss(part) / self._divisor).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        return self.spec.steps_per_round
 
+    def _optimizer(self) -> torch.optim.Optimizer:
+        parameters = [p for p in self.model.module.parameters() if p.requires_grad]
+        if self.spec.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=self.spec.learning_rate)
+        return torch.optim.SGD(parameters, lr=self.spec.learning_rate, momentum=self.spec.momentum)
 
-def _loss(model: TrainableModel, batches: Batches, rows: Indices, runtime: Runtime) -> Tensor:
-    """Cross-entropy summed over rows: each row's term depends on that row alone."""
-    with runtime.autocast():
-        logits = model.logits(batches.inputs(rows))
-    labels = batches.labels[torch.from_numpy(rows)].to(logits.device)
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+    def _loss(self, rows: Indices) -> Tensor:
+        """Cross-entropy summed over rows: each row's term depends on that row alone."""
+        with self.runtime.autocast():
+            logits = self.model.logits(self.batches.inputs(rows))
+        labels = self.batches.labels[torch.from_numpy(rows)].to(logits.device)
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def _chunks(rows: Indices, size: int) -> Iterator[Indices]:

@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accord_shared.errors import ModelError
-from accord_shared.plan import Plan
-from accord_shared.vectors import Vector
 
 from accord_client.data import Examples
 from accord_client.features import (
@@ -24,6 +21,9 @@ from accord_client.features import (
 )
 from accord_client.models import Encoder, EncoderModel, HeadModel, LabelFrame, digest, verified
 from accord_client.trainer import Batches, Runtime, TrainableModel
+from accord_shared.errors import ModelError
+from accord_shared.plan import Plan
+from accord_shared.vectors import Vector
 
 
 class Workspace:
@@ -49,20 +49,18 @@ class Workspace:
     @cached_property
     def encoder(self) -> Encoder:
         """The pretrained encoder (loads it)."""
-        return Encoder(self._folder, self.plan.task.max_tokens)
+        return Encoder(self._folder, self.plan.task.max_tokens, self.plan.model.layer)
 
     def embeddings(
         self, texts: tuple[str, ...], on_progress: Callable[[int], None] = lambda _: None
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Pooled embeddings [n, d], from the cache where they are."""
-        name = key(self._digest, self.plan.task.max_tokens, 0, texts)
+        name = key(self._digest, self.plan.task.max_tokens, self.plan.model.layer, texts)
         return self._cache.get(name, lambda: pooled(self.encoder, texts, self.runtime, on_progress))
 
-    def keep_embeddings(
-        self, texts: tuple[str, ...], embeddings: np.ndarray[Any, np.dtype[np.float32]]
-    ) -> None:
+    def keep_embeddings(self, texts: tuple[str, ...], embeddings: np.ndarray[Any, np.dtype[np.float32]]) -> None:
         """Store embeddings [n, d] that were computed elsewhere under the name that `embeddings` looks up."""
-        name = key(self._digest, self.plan.task.max_tokens, 0, texts)
+        name = key(self._digest, self.plan.task.max_tokens, self.plan.model.layer, texts)
         if not self._cache.has(name):
             self._cache.put(name, embeddings)
 

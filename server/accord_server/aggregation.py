@@ -12,12 +12,12 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from accord_server.exchange import Exchange, Failure
 from accord_shared.errors import AccordError, ProtocolError
 from accord_shared.messages import TrainReply, TrainRequest
 from accord_shared.vectors import check_finite, check_length
 from accord_shared.wire import payload_bytes
-
-from accord_server.exchange import Exchange, Failure
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from accord_shared import PROTOCOL_VERSION
-from accord_shared.errors import AccordError, Interrupted, ProtocolError, RoundAborted
-from accord_shared.messages import Enquiry, Joined, Message, Refusal
-from accord_shared.plan import Plan
-from accord_shared.vectors import Vector
-from accord_shared.wire import decode, encode
 from flwr.app import Context
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid, ServerApp
 
 from accord_server.exchange import Failure, Reply
 from accord_server.rounds import Coordinator
+from accord_shared import PROTOCOL_VERSION
+from accord_shared.errors import AccordError, Interrupted, ProtocolError, RoundAborted
+from accord_shared.messages import Enquiry, Joined, Message, Refusal
+from accord_shared.plan import Plan
+from accord_shared.vectors import Vector
+from accord_shared.wire import decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,7 @@ class FlowerExchange:
             raise Interrupted("asked to stop")
         time.sleep(POLL_S)
 
-    def _trip(
-        self, requests: Mapping[int, Message], kind: str, timeout_s: float
-    ) -> Iterator[tuple[int, Reply]]:
+    def _trip(self, requests: Mapping[int, Message], kind: str, timeout_s: float) -> Iterator[tuple[int, Reply]]:
         contents = {id(request): encode(request) for request in requests.values()}
         messages = [
             FlowerMessage(contents[id(request)], dst_node_id=node, message_type=kind, ttl=timeout_s)

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from accord_shared.errors import CheckpointError
-from accord_shared.files import make_folder, write_atomic
-from accord_shared.vectors import check_finite
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from accord_server.optimizer import State
+from accord_shared.errors import CheckpointError
+from accord_shared.files import make_folder, write_atomic
+from accord_shared.vectors import check_finite
 
 FORMAT = 1
 Float64 = npt.NDArray[np.float64]
@@ -90,9 +90,7 @@ class CheckpointFolder:
             if state["format"] != FORMAT:
                 raise CheckpointError(f"{path} has format {state['format']}, this version reads {FORMAT}")
             if state["plan_hash"] != plan_hash:
-                raise CheckpointError(
-                    f"{path} belongs to plan {state['plan_hash'][:12]}…, not to {plan_hash[:12]}…"
-                )
+                raise CheckpointError(f"{path} belongs to plan {state['plan_hash'][:12]}…, not to {plan_hash[:12]}…")
             if _sha256(data) != state["sha256"]:
                 raise CheckpointError(f"{self._folder / state['tensors']} is damaged: its SHA-256 differs")
             return _checkpoint(state, load(data))
@@ -110,9 +108,7 @@ def _checkpoint(state: dict[str, Any], tensors: dict[str, Any]) -> Checkpoint:
         averaged=tensors["averaged"],
         averaged_count=state["averaged_count"],
         optimizer={
-            name.removeprefix("optimizer."): value
-            for name, value in tensors.items()
-            if name.startswith("optimizer.")
+            name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")
         },
         history=tuple(state["history"]),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from accord_shared.errors import RoundAborted
 from accord_shared.plan import Plan
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+
 from accord_shared.plan import ServerSpec
 
 State = dict[str, npt.NDArray[np.float64]]

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from accord_shared import PROTOCOL_VERSION
-from accord_shared.errors import RoundAborted
-from accord_shared.messages import TrainRequest
-from accord_shared.plan import Plan
-from accord_shared.vectors import Vector, check_finite
 
 from accord_server.aggregation import Aggregate, Aggregation
 from accord_server.checkpoint import Checkpoint, CheckpointFolder
 from accord_server.cohort import choose_cohort
 from accord_server.exchange import Exchange
 from accord_server.optimizer import initial_state, step
+from accord_shared import PROTOCOL_VERSION
+from accord_shared.errors import RoundAborted
+from accord_shared.messages import TrainRequest
+from accord_shared.plan import Plan
+from accord_shared.vectors import Vector, check_finite
 
 log = logging.getLogger(__name__)
 

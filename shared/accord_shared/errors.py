@@ -89,4 +89,7 @@ REFUSALS: dict[str, type[AccordError]] = {
     kind.__name__: kind
     for kind in (PrivacyError, BudgetExhausted, ProtocolError, NonFinite, DataError, ModelError, PlanError)
 }
-"""Refusals that a site may send to the coordinator by name (the name and one line, nothing else)."""
+"""Refusals that a site may send to the coordinator by name."""
+
+REFUSALS_IN_WORDS = (ProtocolError, BudgetExhausted, PlanError)
+"""Those whose one line speaks of public things alone and may go with the name."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from accord_shared.errors import REFUSALS, AccordError, ProtocolError
+from accord_shared.errors import REFUSALS, REFUSALS_IN_WORDS, AccordError, ProtocolError
 from accord_shared.vectors import Vector
 
 
@@ -68,8 +68,14 @@ class Refusal:
 
     @staticmethod
     def of(error: AccordError) -> Refusal:
-        """The refusal that tells `error` to the other side."""
-        return Refusal(kind=type(error).__name__, reason=str(error).splitlines()[0][:300])
+        """The refusal that tells `error` to the other side.
+
+        Only refusals about public things (`REFUSALS_IN_WORDS`) travel with their words: a `DataError` quotes
+        cells of private records, and is named only.
+        """
+        in_words = isinstance(error, REFUSALS_IN_WORDS)
+        reason = str(error).splitlines()[0][:300] if in_words else "see the site's own log"
+        return Refusal(kind=type(error).__name__, reason=reason)
 
     def error(self) -> AccordError:
         """The typed error again; an unknown kind reads as `ProtocolError`."""

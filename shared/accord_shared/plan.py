@@ -29,6 +29,11 @@ _LORA_DEFAULTS: dict[str, Any] = {"rank": 8, "alpha": 16.0, "targets": ("query",
 _LORA_KEYS = (*_LORA_DEFAULTS, "freeze_a")
 
 
+def label_text(label: str) -> str:
+    """A label in plain words: `reverted_card_payment?` reads "reverted card payment"."""
+    return re.sub(r"[_-]+", " ", label).strip(" ?").lower() or label
+
+
 class Table(BaseModel):
     """A frozen table of a plan: unknown keys are errors, strings are not coerced to numbers."""
 
@@ -40,6 +45,9 @@ class RunSpec(Table):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     rounds: int = Field(ge=1, le=100_000)
+    rounds_per_site: int | None = Field(default=None, ge=1, le=100_000)
+    """Most rounds that one site releases (None: all). A run that expects dropouts schedules make-up rounds:
+    more `rounds` than this, at no more cost to any site."""
     seed: int = Field(default=0, ge=0, lt=2**53)
     max_extra_attempts: int = Field(default=3, ge=0, le=1000)
 
@@ -49,6 +57,8 @@ class ModelSpec(Table):
 
     source: str = Field(pattern=r"^(package:[A-Za-z_][A-Za-z0-9_]*|path:.+|hub:[^/@\s]+/[^/@\s]+@[^@\s]+)$")
     digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
+    layer: int = Field(default=-1, ge=-64, le=-1)
+    """The hidden state that is pooled, counted from the end: -1 is the last layer's."""
 
 
 class TaskSpec(Table):
@@ -76,7 +86,7 @@ class TaskSpec(Table):
     @property
     def texts(self) -> tuple[str, ...]:
         """The label names in plain words, as an encoder reads them."""
-        return self.label_texts or tuple(re.sub(r"[_-]+", " ", label).strip() for label in self.labels)
+        return self.label_texts or tuple(label_text(label) for label in self.labels)
 
 
 class AdapterSpec(Table):
@@ -122,7 +132,8 @@ class LocalSpec(Table):
     sampling_rate: Rate = 1.0
     steps_per_round: int = Field(default=1, ge=1, le=100_000)
     expected_records: int = Field(ge=1, lt=2**53)
-    clip_norm: Positive = 1.0
+    clip_norm: Positive | None = None
+    """C. Noise needs it; plain training clips per unit where it is given, which helps against wrong labels."""
 
 
 class ServerSpec(Table):
@@ -179,9 +190,7 @@ class EvaluationSpec(Table):
     """Held-out data and the metrics that are scored on it; the first metric is the main one."""
 
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    metrics: tuple[Literal["accuracy", "macro_f1"], ...] = Field(
-        default=("accuracy", "macro_f1"), min_length=1
-    )
+    metrics: tuple[Literal["accuracy", "macro_f1"], ...] = Field(default=("accuracy", "macro_f1"), min_length=1)
 
     @field_validator("metrics", mode="before")
     @classmethod
@@ -214,6 +223,12 @@ class Plan(Table):
             )
         if shared_noise and self.secure_aggregation.mode == "off":
             raise ValueError(f'privacy.noise = "{noise}" needs secure_aggregation.mode other than "off"')
+        if noise != "none" and self.local.clip_norm is None:
+            raise ValueError(f'local.clip_norm is missing: privacy.noise = "{noise}" needs it')
+        if self.run.rounds_per_site is not None and self.run.rounds_per_site > self.run.rounds:
+            raise ValueError(f"run.rounds_per_site = {self.run.rounds_per_site} is more than run.rounds")
+        if self.model.layer != -1 and self.adapter.depth != "head":
+            raise ValueError('model.layer needs adapter.depth = "head": layers above it would never be trained')
         if noise != "none" and self.privacy.delta * self.local.expected_records >= 1:
             raise ValueError(
                 f"privacy.delta = {self.privacy.delta:g} is not below 1 / local.expected_records: "
@@ -222,9 +237,14 @@ class Plan(Table):
         return self
 
     @property
+    def rounds_per_site(self) -> int:
+        """Most rounds that one site releases: what its budget is calibrated to."""
+        return self.run.rounds_per_site or self.run.rounds
+
+    @property
     def steps(self) -> int:
-        """Noisy gradient steps of one site over the whole run."""
-        return self.run.rounds * self.local.steps_per_round
+        """Most noisy gradient steps of one site over the whole run."""
+        return self.rounds_per_site * self.local.steps_per_round
 
     def canonical(self) -> bytes:
         """The bytes that are hashed and signed: RFC 8785 JSON, decimals as strings."""

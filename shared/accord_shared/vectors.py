@@ -36,11 +36,9 @@ class Layout:
     @property
     def digest(self) -> str:
         """SHA-256 over names and shapes: equal layouts agree on every coordinate."""
-        return canonical_hash(
-            [[name, list(shape)] for name, shape in zip(self.names, self.shapes, strict=True)]
-        )
+        return canonical_hash([[name, list(shape)] for name, shape in zip(self.names, self.shapes, strict=True)])
 
-    def split(self, vector: Array) -> dict[str, Array]:
+    def split(self, vector: Vector) -> dict[str, Vector]:
         """Views of `vector` [dimension] by name, each in its own shape.
 
         Raises:
@@ -49,10 +47,7 @@ class Layout:
         check_length(vector, self.dimension)
         ends = np.cumsum(self.sizes)
         parts = np.split(vector, ends[:-1])
-        return {
-            name: part.reshape(shape)
-            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
-        }
+        return {name: part.reshape(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def join(self, tensors: Mapping[str, Array]) -> Vector:
         """One float32 vector [dimension] of the tensors in layout order.

@@ -19,6 +19,7 @@ from accord_shared.errors import Interrupted, PlanError
 from accord_shared.messages import Enquiry, Message
 from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
+from accord_simulations.faults import FaultSpec
 from accord_simulations.participants import WorkFolder, make_site
 from accord_simulations.prepare import Prepared
 from accord_simulations.results import Comparison
@@ -54,7 +55,8 @@ def comparison_plan(prepared: Prepared, changes: Mapping[str, Any], name: str) -
     if name in ("nonprivate", "central_nonprivate"):
         forced |= {"privacy.noise": "none", "privacy.epsilon": None}
     own = resolved.scenario.compare.get(name, {})
-    return resolve(resolved.scenario, resolved.population, {**own, **changes, **forced}, None).plan
+    faultless = resolved.scenario.model_copy(update={"faults": FaultSpec()})
+    return resolve(faultless, resolved.population, {**own, **changes, **forced}, None).plan
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,7 @@ class Federation:
         for index, (name, examples) in enumerate(self.members):
             self.work.put_records(index, name, examples)
             handlers[name] = self._stoppable(make_site(self.work, index).handle)
-        coordinator = Coordinator(
-            self.plan, "local", initial, aggregation=PlainAggregation(), observer=observer
-        )
+        coordinator = Coordinator(self.plan, "local", initial, aggregation=PlainAggregation(), observer=observer)
         enquiry = Enquiry(PROTOCOL_VERSION, "local", self.plan.to_json(), self.plan.hash)
         for handler in handlers.values():
             handler(enquiry)
@@ -102,7 +102,7 @@ def compare(prepared: Prepared, changes: Mapping[str, Any], name: str, stopping:
     started = time.monotonic()
     plan = comparison_plan(prepared, changes, name)
     population = prepared.population
-    scorer = Scorer(prepared.workspace_for(plan), population.test)
+    scorer = Scorer(prepared.workspace_for(plan), prepared.held_out)
     everyone = [(participant.name, participant.train) for participant in population.participants]
     if name == "alone":
         groups = [[member] for member in everyone]

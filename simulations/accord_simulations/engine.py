@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accord_server.app import Timing, server_app
 from accord_server.rounds import Coordinator
-from accord_shared.errors import AccordError, Aborted
+from accord_shared.errors import Aborted, AccordError
 from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
 from accord_simulations.participants import ParticipantHandler, WorkFolder
@@ -73,8 +74,8 @@ class Engine:
             raise Aborted("Flower's simulation runtime ended before the run did")
         return finished[0]
 
-    def _backend(self) -> dict[str, dict[str, object]]:
-        init: dict[str, object] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    def _backend(self) -> Any:
+        init: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         if self.ray_address is not None:
             init["address"] = self.ray_address
         else:

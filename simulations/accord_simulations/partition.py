@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from accord_client.data import Examples
 from accord_shared.errors import PlanError
 

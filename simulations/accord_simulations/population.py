@@ -14,10 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
 import numpy as np
-from accord_client.data import EmptyTexts, Examples, read_examples, read_hub
-from accord_shared.errors import DataError
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from accord_client.data import EmptyTexts, Examples, read_examples, read_hub
+from accord_shared.errors import DataError
+from accord_shared.plan import label_text
 from accord_simulations.generators import Generated, bank, retail
 from accord_simulations.partition import Indices, Shares, parse, partition
 
@@ -114,7 +115,7 @@ class RetailDemo(_Spec):
     size_spread: float = Field(default=0.4, ge=0, le=2)
     class_skew: float = Field(default=2.0, gt=0)
     label_noise: float = Field(default=0.06, ge=0, lt=0.5)
-    mixed: float = Field(default=0.06, ge=0, le=1)
+    mixed: float = Field(default=0.04, ge=0, le=1)
     unit: Literal["row", "column:customer"] = "row"
     records_per_customer: float = Field(default=3.0, ge=1, le=100)
 
@@ -259,7 +260,7 @@ def _load(
         knobs = data.model_dump(exclude={"kind"})
         return retail.generate(participants=population.participants, seed=seed, **knobs)
     train, test, source = _labelled(data, population, path)
-    texts = data.label_texts or tuple(label.replace("_", " ") for label in data.labels)
+    texts = data.label_texts or tuple(label_text(label) for label in data.labels)
     return Generated(data.labels, texts, train, test, None, source)
 
 

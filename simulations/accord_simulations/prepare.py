@@ -41,14 +41,24 @@ def resolve_scenario(scenario: Scenario, changes: Mapping[str, Any], data: Path 
         DataError: the data set is missing, malformed, or has an empty participant.
         PlanError, ModelError: the plan contradicts itself or its model is not there.
     """
-    seed = int(changes.get("run.seed", scenario.plan.get("run", {}).get("seed", 0)))
-    population = build(scenario.data, scenario.population, path=data, seed=seed)
+    seed = int(changes.get("run.seed", _given(scenario, "run", "seed", 0)))
+    carved = float(
+        changes.get("evaluation.validation_fraction", _given(scenario, "evaluation", "validation_fraction", 0.0))
+    )
+    spec = scenario.population.model_copy(update={"validation_fraction": carved})
+    population = build(scenario.data, spec, path=data, seed=seed)
     for participant in population.participants:
         if not len(participant.train):
             raise DataError(f"participant {participant.name} has no records")
-    source = str(changes.get("model.source", scenario.plan.get("model", {}).get("source", "")))
+    source = str(changes.get("model.source", _given(scenario, "model", "source", "")))
     known = digest(locate(source)) if source else None
     return resolve(scenario, population, changes, known)
+
+
+def _given(scenario: Scenario, table: str, key: str, default: Any) -> Any:
+    """A key of the scenario's plan before it is validated."""
+    values = scenario.plan.get(table, {})
+    return values.get(key, default) if isinstance(values, dict) else default
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,11 @@ class Prepared:
     def population(self) -> Population:
         """The participants."""
         return self.resolved.population
+
+    @property
+    def held_out(self) -> Examples:
+        """The records that are scored: the validation split where the plan carves one, else the test split."""
+        return self.population.validation or self.population.test
 
     def workspace_for(self, plan: Plan) -> Workspace:
         """A workspace of a comparison's plan over the same cached embeddings."""

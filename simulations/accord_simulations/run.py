@@ -120,7 +120,7 @@ class _Simulation:
     def _federate(self, prepared: Prepared) -> Vector:
         plan = self._plan
         checkpoints = CheckpointFolder(self._folder.checkpoint)
-        scorer = Scorer(prepared.workspace, prepared.population.test)
+        scorer = Scorer(prepared.workspace, prepared.held_out)
         watcher = _RoundWatcher(prepared, scorer, self._rounds, self._progress)
         coordinator = Coordinator(
             plan,
@@ -134,9 +134,7 @@ class _Simulation:
         self._progress.stage("federating", total=plan.run.rounds)
         if coordinator.finished_rounds == plan.run.rounds:
             return coordinator.weights
-        engine = Engine(
-            self._resolved.scenario.resources, self._options.ray_address, self._folder.path / "flower.log"
-        )
+        engine = Engine(self._resolved.scenario.resources, self._options.ray_address, self._folder.path / "flower.log")
         return engine.run(
             plan, coordinator, prepared.work, stopping=self._stopping, on_joined=lambda _: watcher.start()
         )
@@ -154,14 +152,12 @@ class _Simulation:
             write_atomic(kept, json.dumps([asdict(comparison) for comparison in done]).encode())
         return tuple(done)
 
-    def _finish(
-        self, prepared: Prepared, weights: Vector, comparisons: tuple[Comparison, ...]
-    ) -> SimulationResult:
+    def _finish(self, prepared: Prepared, weights: Vector, comparisons: tuple[Comparison, ...]) -> SimulationResult:
         self._progress.stage("exporting")
-        scorer = Scorer(prepared.workspace, prepared.population.test)
-        predicted = scorer.predictions(weights)
-        metrics = scorer.score_predictions(predicted)
-        by_text = dict(zip(prepared.population.test.texts, predicted.tolist(), strict=True))
+        metrics = Scorer(prepared.workspace, prepared.held_out).score(weights)
+        test = prepared.population.test
+        predicted = Scorer(prepared.workspace, test).predictions(weights)
+        by_text = dict(zip(test.texts, predicted.tolist(), strict=True))
         participants = _participants(prepared, by_text)
         rounds = _with_busy(self._rounds.rounds, self._rounds.ends, prepared)
         spent = [participant.epsilon for participant in participants if participant.epsilon is not None]
@@ -196,6 +192,7 @@ class _Simulation:
                 "participants": len(population.participants),
                 "records": len(population.train),
                 "test_records": len(population.test),
+                "scored_on": "test" if population.validation is None else "validation",
                 "ceiling": population.ceiling,
                 "faults": scenario.faults.model_dump(),
                 "tuned": list(self._resolved.tuned),

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.errors import PlanError
 from accord_shared.plan import Plan, apply_changes, first_problem, make_plan, read_toml
 from accord_simulations.faults import FaultSpec
@@ -42,6 +43,28 @@ class Tuned(_Table):
     how: str
 
 
+class Auto(_Table):
+    """The server's learning rate from public constants: η = R·(1−β) / (C·T), R = min(`travel`·N/σ_eff, `longest`).
+
+    R bounds how far T clipped steps of norm C can carry the weights under momentum β; noise makes long ways
+    worthless, so it shrinks with the noise on the mean: σ_eff = σ√(n/T) when each of n sites adds all of its
+    own. N is the expected number of records of all sites. It replaces a grid per ε, n and T; with `noise =
+    "none"` the plan's own rate stands.
+    """
+
+    travel: float = Field(gt=0)
+    longest: float = Field(gt=0)
+
+    def learning_rate(self, plan: Plan) -> float:
+        """η for the plan, at 4 digits."""
+        releases = plan.rounds_per_site * plan.local.steps_per_round
+        effective = noise_multiplier(plan) * math.sqrt(plan.cohort.size / releases)
+        records = plan.local.expected_records * plan.cohort.size
+        way = min(self.travel * records / effective, self.longest)
+        momentum = plan.server.momentum if plan.server.optimizer == "fedavgm" else 0.0
+        return float(f"{way * (1 - momentum) / ((plan.local.clip_norm or 1.0) * plan.run.rounds):.4g}")
+
+
 class Resources(_Table):
     """Performance flags of the simulation; none of them changes what is computed."""
 
@@ -62,6 +85,7 @@ class Scenario(_Table):
     faults: FaultSpec = FaultSpec()
     resources: Resources = Resources()
     plan: dict[str, Any]
+    auto: Auto | None = None
     tuned: tuple[Tuned, ...] = ()
     compare: dict[str, dict[str, Any]] = {}
 
@@ -160,12 +184,29 @@ def resolve(
         for key, value in entry.set.items():
             if key not in changes:
                 wanted = apply_changes(wanted, {key: value})
+    plan = make_plan(_with_makeup_rounds(wanted, scenario, changes))
+    if scenario.auto is not None and plan.privacy.noise != "none" and "server.learning_rate" not in changes:
+        plan = plan.revised({"server.learning_rate": scenario.auto.learning_rate(plan)})
     return Resolved(
         scenario=scenario,
         population=population,
-        plan=make_plan(wanted),
+        plan=plan,
         tuned=tuple(entry.how for entry in matching),
     )
+
+
+def _with_makeup_rounds(table: dict[str, Any], scenario: Scenario, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Where participants are expected to drop out, enough rounds that each can still release the planned number.
+
+    A site stops once it has released `run.rounds_per_site` rounds, so no site spends more. An explicit number
+    of rounds stands as it is.
+    """
+    kept = 1.0 - scenario.faults.dropout
+    run = table.get("run", {})
+    if kept == 1.0 or "run.rounds" in changes or "rounds_per_site" in run or not isinstance(run.get("rounds"), int):
+        return table
+    rounds = run["rounds"]
+    return apply_changes(table, {"run.rounds": math.ceil(rounds / kept), "run.rounds_per_site": rounds})
 
 
 def _flat(table: Mapping[str, Any]) -> set[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from accord_client.data import Examples, number_units
-from accord_simulations.partition import Shares, partition, zipf_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from accord_client.data import Examples, number_units
+from accord_simulations.partition import Shares, partition, zipf_sizes
 
 SPECS = ("iid", "dirichlet:0.001", "dirichlet:0.1", "dirichlet:50", "zipf:0", "zipf:1.3", "zipf:40", "column:shop")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from accord_client.data import Examples, number_units
 from accord_shared.errors import PlanError
 from accord_simulations.partition import Shares, parse, partition, zipf_sizes

@@ -136,7 +136,7 @@ class Page(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID or (tag in {"path", "use"} and not self.get_starttag_text().endswith("/>")):
+        if tag not in VOID or (tag in {"path", "use"} and not (self.get_starttag_text() or "").endswith("/>")):
             self.open.append(tag)
         self.scripts += tag == "script"
         self.loads += [value or "" for name, value in attrs if name in {"src", "href", "xlink:href", "data", "srcset"}]

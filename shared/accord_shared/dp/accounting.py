@@ -113,9 +113,7 @@ _ACCOUNTANTS: dict[str, Callable[[tuple[Event, ...], float], float]] = {
 
 
 @lru_cache(maxsize=256)
-def calibrate(
-    target: float, delta: float, sampling_rate: float, steps: int, accountant: str = "pld"
-) -> float:
+def calibrate(target: float, delta: float, sampling_rate: float, steps: int, accountant: str = "pld") -> float:
     """The smallest noise multiplier (6 digits, rounded up) whose `steps` cost at most `target` ε.
 
     Raises:
@@ -133,9 +131,7 @@ def calibrate(
     low, high = MIN_SIGMA, 1.0
     while cost(high) > target:
         low, high = high, 2 * high
-    log_sigma = brentq(
-        lambda x: math.log(cost(math.exp(x)) / target), math.log(low), math.log(high), xtol=1e-6
-    )
+    log_sigma = brentq(lambda x: math.log(cost(math.exp(x)) / target), math.log(low), math.log(high), xtol=1e-6)
     sigma = _round_up(math.exp(log_sigma))
     while cost(sigma) > target:  # the root is approximate: never keep its wrong side
         sigma = _round_up(sigma * (1 + 1e-5))

@@ -40,9 +40,7 @@ class SecureGenerator:
         if os.getpid() != self._process:
             self._start(os.urandom(32))
         # Counter mode over zeros is the keystream itself.
-        return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8").astype(
-            np.uint64, copy=False
-        )
+        return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8").astype(np.uint64, copy=False)
 
     def bernoulli(self, rate: float, count: int) -> npt.NDArray[np.bool_]:
         """Independent coins [count], each true with probability `rate` to within 2^-64.

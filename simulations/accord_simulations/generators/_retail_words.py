@@ -195,18 +195,38 @@ SERVICE = {
 }
 """Clauses on the chain's service, by sentiment."""
 
+PLAIN = {
+    "positive": (
+        "I [love|really like] [the {item}|this {item}]",
+        "I'm [very happy|delighted|more than pleased] with the {item}",
+        "the {item} is [excellent|great|lovely|just right]",
+        "the {item} isn't [bad|disappointing|overpriced] at all",
+        "{chain} [has good things at fair prices|is a pleasure to shop at]",
+    ),
+    "negative": (
+        "I [hate|really don't like] [the {item}|this {item}]",
+        "I'm [very unhappy|fed up|less than pleased] with the {item}",
+        "the {item} is [awful|useless|poor|just wrong]",
+        "the {item} isn't [good|convincing|worth its price] at all",
+        "{chain} [has shoddy things at high prices|is a pain to shop at]",
+    ),
+}
+"""Opinions in so many words, by sentiment."""
+
 VERDICTS = {
     "positive": (
         "I'd buy it again tomorrow.", "Can't say I was disappointed.", "No regrets.",
         "Full marks.", "I'm a fan.",
         "Couldn't ask for more.", "Worth every {cent}.", "Money well spent.", "What's not to like?",
         "I wouldn't want to be without it.", "They'll see me again.",
+        "Love it.", "Great buy.", "Highly recommended.", "So happy with this.", "Simply wonderful.", "Really good.",
     ),
     "negative": (
         "Never again.", "Can't say I was impressed.", "I regret it.",
         "One star is generous.", "Lesson learned.",
         "I had asked for so little.", "Not worth a {cent}.", "Money down the drain.", "What a letdown.",
         "I'd rather go without.", "They won't see me again.",
+        "Hate it.", "Terrible buy.", "Avoid.", "So annoyed with this.", "Simply dreadful.", "Really bad.",
     ),
 }  # fmt: skip
 """Closing judgements, by sentiment."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from accord_shared.errors import PlanError
 
 Integers = npt.NDArray[np.int64]

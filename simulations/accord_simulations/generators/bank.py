@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from accord_client.data import Examples
 
+from accord_client.data import Examples
 from accord_simulations.generators import Generated
 from accord_simulations.generators._bank_words import (
     ASIDES,

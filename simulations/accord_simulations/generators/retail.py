@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from accord_client.data import Examples, number_units
 
+from accord_client.data import Examples, number_units
 from accord_simulations.generators import Generated
 from accord_simulations.generators._grammar import Dice, Slots, expand, sentence, typed
 from accord_simulations.generators._retail_words import (
@@ -31,6 +31,7 @@ from accord_simulations.generators._retail_words import (
     NEUTRAL,
     OPENINGS,
     OWN_NAMES,
+    PLAIN,
     SERVICE,
     VERDICTS,
 )
@@ -67,7 +68,7 @@ def generate(
     size_spread: float = 0.4,
     class_skew: float = 2.0,
     label_noise: float = 0.06,
-    mixed: float = 0.06,
+    mixed: float = 0.04,
     records_per_customer: float = 3.0,
     unit: str = "row",
 ) -> Generated:
@@ -151,18 +152,23 @@ def _review(chain: _Chain, category: int, sentiment: int, dice: Dice) -> str:
         parts.append(_weighed(expand(dice.pick(MIXED), slots, dice), main, other))
     else:
         parts.append(sentence(main) + ".")
-        if dice.chance(0.6):
-            parts.append(sentence(_opinion(category, sentiment, slots, dice)) + ".")
+        second = _opinion(category, sentiment, slots, dice)
+        if dice.chance(0.7) and second != main:
+            parts.append(sentence(second) + ".")
     if dice.chance(0.25):
-        parts.append(expand(dice.pick(NEUTRAL), slots, dice))
-    if dice.chance(0.6):
+        parts.append(sentence(expand(dice.pick(NEUTRAL), slots, dice)))
+    if dice.chance(0.7):
         parts.append(expand(dice.pick(VERDICTS[LABELS[sentiment]]), slots, dice))
     return typed(" ".join(parts), dice, _TYPOS)
 
 
 def _opinion(category: int, sentiment: int, slots: Slots, dice: Dice) -> str:
-    goods = CATEGORIES[category]
-    clauses = SERVICE[LABELS[sentiment]] if dice.chance(0.25) else (goods.bad, goods.good)[sentiment]
+    goods, draw = CATEGORIES[category], dice.uniform()
+    clauses = (goods.bad, goods.good)[sentiment]
+    if draw < 0.2:
+        clauses = SERVICE[LABELS[sentiment]]
+    elif draw < 0.5:
+        clauses = PLAIN[LABELS[sentiment]]
     return expand(dice.pick(clauses), slots, dice)
 
 

@@ -1,0 +1,123 @@
+"""The `accord` command: finds the commands of the installed parts and turns typed errors into exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from accord_shared import PROTOCOL_VERSION, __version__
+from accord_shared.errors import AccordError, Interrupted, MissingExtra
+
+app = typer.Typer(
+    name="accord",
+    help="Federated, differentially private fine-tuning across institutions that may not pool data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+plan_app = typer.Typer(help="Check and show plans: what a run is, as data.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan")
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+@app.command()
+def version(as_json: JsonFlag = False) -> None:
+    """Show the version of Accord and of its protocol."""
+    if as_json:
+        typer.echo(json.dumps({"version": __version__, "protocol": PROTOCOL_VERSION}))
+    else:
+        typer.echo(f"accord {__version__} (protocol {PROTOCOL_VERSION})")
+
+
+@plan_app.command("check")
+def plan_check(file: Annotated[Path, typer.Argument(help="A plan as TOML.")], as_json: JsonFlag = False) -> None:
+    """Validate a plan and print what follows from it."""
+    from accord_shared.plan import read_plan
+
+    plan = read_plan(file)
+    facts = _facts(plan)
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        text = "not known without the extra [client]" if value is None and name in _CLIENT_FACTS else value
+        typer.echo(f"{name.replace('_', ' '):32} {text}")
+
+
+@plan_app.command("show")
+def plan_show(file: Annotated[Path, typer.Argument(help="A plan as TOML.")], as_json: JsonFlag = False) -> None:
+    """Print a plan with every default, and its hash."""
+    from accord_shared.plan import read_plan
+
+    plan = read_plan(file)
+    if as_json:
+        typer.echo(json.dumps({"hash": plan.hash, "plan": json.loads(plan.to_json())}))
+    else:
+        typer.echo(f"# sha256:{plan.hash}\n{plan.to_toml()}", nl=False)
+
+
+_CLIENT_FACTS = ("trainable_parameters", "upload_bytes_per_site_round", "download_bytes_per_site_round")
+
+
+def _facts(plan: Any) -> dict[str, Any]:
+    """What follows from a plan; what needs the model comes from the installed client, if there is one."""
+    from accord_shared.dp.accounting import noise_multiplier, plan_epsilon
+
+    facts: dict[str, Any] = {
+        "plan_hash": plan.hash,
+        "noise": plan.privacy.noise,
+        "noise_multiplier": noise_multiplier(plan) or None,
+        "steps": plan.steps,
+        "epsilon_per_round": plan_epsilon(plan, 1),
+        "epsilon_total": plan_epsilon(plan, plan.run.rounds),
+        "delta": plan.privacy.delta,
+        **dict.fromkeys(_CLIENT_FACTS),
+    }
+    for entry in entry_points(group="accord.plan_facts"):
+        facts |= _load(entry)(plan)
+    return facts
+
+
+def _load(entry: EntryPoint) -> Any:
+    """What an entry point names; a part whose dependencies are not installed offers nothing."""
+    try:
+        return entry.load()
+    except ImportError as error:
+        missing = error.name or "a dependency"
+
+        def absent(*_: Any) -> dict[str, Any]:
+            if missing.startswith("accord_"):
+                raise MissingExtra(f"{missing} is not installed")
+            return {}
+
+        return absent
+
+
+def fail(error: BaseException) -> int:
+    """Print one line on standard error; the exit code."""
+    if isinstance(error, AccordError):
+        sys.stderr.write(f"accord: {' '.join(str(error).split())}\n")
+        return error.exit_code
+    if isinstance(error, OSError):
+        sys.stderr.write(f"accord: {error.filename or 'system'}: {error.strerror or error}\n")
+        return 2
+    return Interrupted.exit_code
+
+
+def main() -> None:
+    """Entry point of the `accord` command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for entry in sorted(entry_points(group="accord.commands"), key=lambda entry: entry.name):
+        _load(entry)(app)
+    try:
+        app(standalone_mode=True)
+    except (AccordError, OSError, KeyboardInterrupt) as error:
+        sys.exit(fail(error))
