@@ -136,8 +136,6 @@ class FeatureBatches:
 
     def inputs(self, rows: Indices) -> Tensor:
         """Features [B, d] of the rows."""
-        if len(rows) == len(self.features):
-            return self.features
         return self.features[torch.from_numpy(rows).to(self.features.device)]
 
 

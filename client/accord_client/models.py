@@ -325,7 +325,7 @@ def _with_lora(encoder: Encoder, plan: Plan, frozen: int) -> nn.Module:
     spec = plan.adapter
     config = LoraConfig(
         r=spec.rank or 8,
-        lora_alpha=spec.alpha or 16.0,  # type: ignore[arg-type]
+        lora_alpha=spec.alpha or 16.0,  # type: ignore[arg-type, unused-ignore]
         target_modules=list(spec.targets or ()),
         layers_to_transform=list(range(frozen, len(encoder.layers()))),
         lora_dropout=0.0,

@@ -60,6 +60,7 @@ class FlowerExchange:
         for node, reply in self._trip(dict.fromkeys(nodes, enquiry), "query", self._timing.join_timeout_s):
             if not isinstance(reply, Joined):
                 refusals.append(reply.reason if isinstance(reply, Failure) else type(reply).__name__)
+                log.warning("node %d did not join: %s", node, refusals[-1])
             elif reply.site in self._nodes:
                 raise ProtocolError(f"two nodes joined as site {reply.site!r}")
             else:

@@ -84,22 +84,25 @@ class Engine:
         resources = {
             "num_cpus": self.resources.cpus_per_participant,
             "num_gpus": self.resources.gpus_per_participant,
+            "max_restarts": -1,  # Flower keeps a dead actor in its pool: every message to it would fail from then on
         }
         return {"init_args": init, "client_resources": dict(resources)}
 
 
 @contextmanager
 def _flower_log(path: Path | None) -> Iterator[None]:
-    """Send Flower's own log (tracebacks of simulated crashes included) to a file."""
-    logger = logging.getLogger("flwr")
-    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    """Send Flower's log (tracebacks of simulated crashes included) and the coordinator's to a file."""
     target = logging.FileHandler(path) if path is not None else logging.NullHandler()
-    target.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.handlers[:], logger.propagate = [target], False
-    logger.setLevel(logging.INFO)
+    target.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("flwr", "accord_server")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers[:], logger.propagate = [target], False
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
+        for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+            logger.handlers[:], logger.propagate = handlers, propagate
+            logger.setLevel(level)
         target.close()

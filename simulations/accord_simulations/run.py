@@ -134,7 +134,7 @@ class _Simulation:
         self._progress.stage("federating", total=plan.run.rounds)
         if coordinator.finished_rounds == plan.run.rounds:
             return coordinator.weights
-        engine = Engine(self._resolved.scenario.resources, self._options.ray_address, self._folder.path / "flower.log")
+        engine = Engine(self._resolved.scenario.resources, self._options.ray_address, self._folder.path / "run.log")
         return engine.run(
             plan, coordinator, prepared.work, stopping=self._stopping, on_joined=lambda _: watcher.start()
         )

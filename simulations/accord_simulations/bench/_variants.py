@@ -52,7 +52,7 @@ def plan_of(settings: StepSettings) -> Plan:
             "run": {"name": "dp-step", "rounds": 1},
             "model": {"source": settings.model},
             "task": {"labels": [f"class {i}" for i in range(_CLASSES)], "max_tokens": settings.tokens},
-            "adapter": {"depth": settings.depth, **lora},
+            "adapter": {"depth": settings.depth, "features": "pooled", **lora},
             "local": {"expected_records": settings.batch, "clip_norm": CLIP},
             "privacy": {"noise": "site", "epsilon": 8.0},
             "cohort": {"size": 1},
@@ -134,13 +134,12 @@ class _DoubleFrame(LabelFrame):
     """A label frame whose features stay in fp64."""
 
     def features(self, pooled: Tensor) -> Tensor:
-        """Unit-length features [B, d], centred as `LabelFrame` does."""
-        centred = pooled - self.embeddings.double().mean(dim=0).to(pooled.device)
-        return nn.functional.normalize(centred, dim=-1)
+        """Unit-length features [B, d] of the plan's `features = "pooled"`."""
+        return nn.functional.normalize(pooled, dim=-1)
 
 
 def label_frame(settings: StepSettings, width: int, *, double: bool) -> LabelFrame:
-    """A frame over random label embeddings; the features are centred."""
+    """A frame over random label embeddings."""
     embeddings = torch.from_numpy(np.random.default_rng(2).standard_normal((_CLASSES, width)))
     kind = _DoubleFrame if double else LabelFrame
     return kind(embeddings=embeddings.float(), spec=plan_of(settings).adapter)

@@ -1,0 +1,211 @@
+"""What every per-unit gradient must satisfy, checked on any model: bring a `Subject`, call the checks.
+
+    def test_my_task() -> None:
+        check_all(lambda: MySubject())
+
+A check raises `Violation` with what it measured. Tolerances are relative to the norm at hand. References are
+computed in fp64, unit by unit, by plain autograd: nothing is shared with what is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from accord_client.gradients import Clipped, GradientTape
+
+Indices = npt.NDArray[np.int64]
+
+ROUNDING = 2e-4
+"""Relative difference that fp32 may make between two exact ways to one gradient."""
+
+SCALES = (1e-30, 1e-12, 1e-4, 1.0, 1e4, 1e12, 1e17, 1e25)
+"""What adversarial records multiply their loss by."""
+
+
+class Violation(AssertionError):
+    """A privacy property does not hold."""
+
+
+class Subject(Protocol):
+    """A model, a loss and records that belong to privacy units 0..n-1.
+
+    `loss` is what training differentiates: summed over `rows` [B], each row's term its own. `exact_loss` is
+    the same in fp64 on `exact_module`, an independent double-precision copy of `module`.
+    """
+
+    module: nn.Module
+    exact_module: nn.Module
+    units: Indices  # [n] the unit of each row
+
+    def loss(self, rows: Indices) -> Tensor:
+        """Summed loss of the rows as it is trained."""
+
+    def exact_loss(self, rows: Indices) -> Tensor:
+        """Summed loss of the rows on `exact_module`."""
+
+
+Tape = Callable[[nn.Module], GradientTape]
+Factory = Callable[[], Subject]
+
+
+def require(holds: bool, finding: str) -> None:
+    """Raise `Violation` unless `holds`."""
+    if not holds:
+        raise Violation(finding)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A taped batch: unclipped gradients [U, P], and what clipping made of them."""
+
+    gradients: Tensor
+    clipped: Clipped
+    leading: tuple[int, ...]
+    """First dimensions of all per-unit buffers."""
+    rows: int
+
+
+def rows_of(subject: Subject, units: Sequence[int]) -> tuple[Indices, Indices]:
+    """(rows, place of each row's unit in `units`)."""
+    chosen = [np.flatnonzero(subject.units == unit) for unit in units]
+    places = np.repeat(np.arange(len(units)), [len(rows) for rows in chosen])
+    return np.concatenate(chosen), places
+
+
+def record(
+    subject: Subject, units: Sequence[int], clip_norm: float = 1.0, scale: float = 1.0, tape: Tape = GradientTape
+) -> Recorded:
+    """Tape one batch of whole `units`."""
+    rows, places = rows_of(subject, units)
+    recorder = tape(subject.module)
+    with recorder.recording(torch.from_numpy(places), len(units)):
+        (subject.loss(rows) * scale).backward()
+    gradients = recorder.per_unit_gradients()
+    leading = tuple(
+        int(buffer.shape[0])
+        for kept in recorder._order
+        for buffer in (kept.per_unit, *(kept.factors or ()))
+        if buffer is not None
+    )
+    return Recorded(gradients, recorder.clip(clip_norm), leading, len(rows))
+
+
+def exact_gradient(subject: Subject, unit: int, scale: float = 1.0) -> Tensor:
+    """The gradient [P] of one unit alone, by autograd in fp64."""
+    rows, _ = rows_of(subject, [unit])
+    parameters = [p for p in subject.exact_module.parameters() if p.requires_grad]
+    parts = torch.autograd.grad(subject.exact_loss(rows) * scale, parameters)
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def n_units(subject: Subject) -> int:
+    """Number of units."""
+    return int(subject.units.max()) + 1
+
+
+def check_isolation(factory: Factory, tape: Tape = GradientTape) -> None:
+    """Item 1: who else is in the batch, and how many, never changes a unit's gradient."""
+    subject = factory()
+    everyone = list(range(n_units(subject)))
+    alone = record(subject, [0], tape=tape).gradients[0]
+    for others in (everyone[1:2], everyone[2:], everyone[1:], everyone[:0:-1]):
+        beside = record(subject, [*others, 0], tape=tape).gradients[-1]
+        change = float((beside - alone).norm() / alone.norm())
+        require(change < ROUNDING, f"other units {others} change a unit's gradient by {change:.2g} of its norm")
+
+
+def check_leading_dimension(factory: Factory, tape: Tape = GradientTape) -> None:
+    """Item 2: every per-unit buffer has as many entries as units were sampled, not tokens or rows."""
+    subject = factory()
+    for count in range(1, n_units(subject) + 1):
+        recorded = record(subject, list(range(count)), tape=tape)
+        single = recorded.rows == count
+        allowed = {count} if single else {count, recorded.rows}
+        require(set(recorded.leading) <= allowed, f"{count} units were sampled, buffers have {set(recorded.leading)}")
+        require(len(recorded.clipped.norms) == count, f"{count} units, {len(recorded.clipped.norms)} norms")
+
+
+def check_norms(factory: Factory, tape: Tape = GradientTape) -> None:
+    """Item 3: gradients and norms equal those of an fp64 loop over the units."""
+    subject = factory()
+    recorded = record(subject, list(range(n_units(subject))), tape=tape)
+    for unit, (gradient, norm) in enumerate(zip(recorded.gradients, recorded.clipped.norms, strict=True)):
+        exact = exact_gradient(subject, unit)
+        wrong = float((gradient.double() - exact).norm() / exact.norm())
+        off = abs(float(norm) / float(exact.norm()) - 1.0)
+        require(wrong < 10 * ROUNDING, f"unit {unit}: gradient differs by {wrong:.2g} of its norm")
+        require(off < ROUNDING, f"unit {unit}: norm {float(norm):.6g}, an fp64 loop says {float(exact.norm()):.6g}")
+
+
+def check_clipping(factory: Factory, tape: Tape = GradientTape, scales: Sequence[float] = SCALES) -> None:
+    """Item 4: what a unit adds has norm ≤ C in fp64, whatever its scale; small gradients pass unchanged."""
+    subject = factory()
+    exact = [exact_gradient(subject, unit) for unit in range(min(2, n_units(subject)))]
+    for unit, reference in enumerate(exact):
+        for scale in scales:
+            for clip_norm in (1e-3, 10.0):
+                clipped = record(subject, [unit], clip_norm, scale, tape).clipped
+                added = clipped.total.double()
+                norm = float(added.norm())
+                require(norm <= clip_norm, f"scale {scale:g}: a unit adds {norm:.8g}, C is {clip_norm:g}")
+                true = float(reference.norm()) * scale
+                if 1e-15 < true < clip_norm * 0.999:
+                    wrong = float((added - reference * scale).norm()) / true
+                    require(wrong < 10 * ROUNDING, f"a gradient below C was changed by {wrong:.2g}")
+                if clip_norm * 1.001 < true < 1e12:
+                    require(norm > clip_norm * 0.999, f"a gradient of norm {true:g} was cut to {norm:g} < C")
+
+
+def check_sensitivity(factory: Factory, clip_norm: float = 0.1, tape: Tape = GradientTape) -> None:
+    """Item 8 before rounding: adding any unit to a batch moves the clipped sum by at most C."""
+    subject = factory()
+    everyone = list(range(n_units(subject)))
+    whole = record(subject, everyone, clip_norm, tape=tape).clipped.total.double()
+    for unit in everyone:
+        others = [other for other in everyone if other != unit]
+        without = record(subject, others, clip_norm, tape=tape).clipped.total.double()
+        change = float((whole - without).norm())
+        require(change <= clip_norm * (1 + 1e-5), f"unit {unit} moves the clipped sum by {change:.8g} > C")
+
+
+def check_all(factory: Factory, tape: Tape = GradientTape, scales: Sequence[float] = SCALES) -> None:
+    """All checks."""
+    for check in (check_isolation, check_leading_dimension, check_norms):
+        check(factory, tape=tape)
+    check_clipping(factory, tape, scales)
+    check_sensitivity(factory, tape=tape)
+
+
+@dataclass
+class ModuleSubject:
+    """A subject of a plain module that maps `inputs` [n, …] to class scores [n, classes]."""
+
+    module: nn.Module
+    inputs: Tensor
+    labels: Tensor
+    units: Indices
+
+    def __post_init__(self) -> None:
+        import copy
+
+        self.exact_module = copy.deepcopy(self.module).double()
+
+    def loss(self, rows: Indices) -> Tensor:
+        """Summed cross-entropy."""
+        return self._loss(self.module, self.inputs, rows)
+
+    def exact_loss(self, rows: Indices) -> Tensor:
+        """Summed cross-entropy in fp64."""
+        return self._loss(self.exact_module, self.inputs.double(), rows)
+
+    def _loss(self, module: nn.Module, inputs: Tensor, rows: Indices) -> Tensor:
+        index = torch.from_numpy(rows)
+        scores: Any = module(inputs[index])
+        return nn.functional.cross_entropy(scores, self.labels[index], reduction="sum")
