@@ -18,6 +18,9 @@ from accord_client.gradients import Clipped
 from accord_shared.dp.noise import SecureGenerator, snap
 from accord_shared.errors import PrivacyError
 
+_CHUNK = 1 << 16
+"""Values noised at a time: as many as the generator draws at once, so that they stay in cache."""
+
 
 class ClippedOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' `DPOptimizer` over sums that the tape has clipped already, without noise and so without privacy.
@@ -68,7 +71,7 @@ class ClippedOptimizer(DPOptimizer):  # type: ignore[misc]
         if total is None:
             total = torch.zeros(sum(sizes), device=parameters[0].device)
         for parameter, part in zip(parameters, torch.split(self.noised(total), sizes), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
+            parameter.grad = part.view_as(parameter)
         self._sum = None
 
     def pre_step(self, closure: Any = None) -> bool:
@@ -95,6 +98,8 @@ class NoisyOptimizer(ClippedOptimizer):
     def noised(self, total: Tensor) -> Tensor:
         """`total` [P] with noise, once for the flat vector."""
         scale = self.noise_multiplier * self.max_grad_norm
-        noise = self.generator.gaussian(total.numel(), scale)
-        released = snap(total.double().cpu().numpy() + noise, scale)
-        return torch.from_numpy(released).to(total.device, torch.float32)
+        noised = total.cpu().numpy().copy()
+        for start in range(0, len(noised), _CHUNK):  # fp64 a piece at a time: the flat vector may be long
+            part = noised[start : start + _CHUNK]
+            part[:] = snap(self.generator.gaussian(len(part), scale) + part, scale)
+        return torch.from_numpy(noised).to(total.device)

@@ -80,22 +80,21 @@ class _Record:
             total += _gram_norms(*self.factors)
         return total
 
-    def weighted_sum(self, coefficients: Tensor) -> Tensor:
-        """Σ_u coefficient_u · gradient_u, flat [size]; units of coefficient 0 do not enter at all."""
-        total = torch.zeros(self.parameter.numel(), device=self.parameter.device)
-        keep = coefficients > 0
+    def weighted_sum(self, coefficients: Tensor, keep: Tensor | None, total: Tensor) -> None:
+        """Write Σ_u coefficient_u · gradient_u to `total` [size]; units outside `keep` do not enter at all."""
         if self.per_unit is not None:
-            total += coefficients @ _without(self.per_unit, keep)
-        if self.factors is not None:
+            torch.mv(_without(self.per_unit, keep).T, coefficients, out=total)
+        elif self.factors is not None:
             inputs, grads = (_without(factor, keep) for factor in self.factors)
             weighted = grads * coefficients[:, None, None]
-            total += (weighted.flatten(0, 1).T @ inputs.flatten(0, 1)).reshape(-1)
-        return total
+            torch.mm(weighted.flatten(0, 1).T, inputs.flatten(0, 1), out=total.view(self.parameter.shape))
+        else:
+            total.zero_()
 
 
-def _without(rows: Tensor, keep: Tensor) -> Tensor:
-    """`rows` with the rejected ones zeroed: 0 · NaN would be NaN."""
-    if bool(keep.all()):
+def _without(rows: Tensor, keep: Tensor | None) -> Tensor:
+    """`rows` with the rejected ones zeroed, for 0 · NaN would be NaN; `keep` None: none was rejected."""
+    if keep is None:
         return rows
     return torch.where(keep.reshape(-1, *[1] * (rows.dim() - 1)), rows, torch.zeros((), device=rows.device))
 
@@ -176,11 +175,15 @@ class GradientTape:
         finite = torch.isfinite(norms)
         coefficients = (clip_norm / (norms * (1.0 + CLIP_MARGIN))).clamp(max=1.0)
         coefficients = torch.where(finite, coefficients, torch.zeros_like(coefficients))
-        total = torch.cat([record.weighted_sum(coefficients) for record in self._order])
-        for record in self._order:
+        rejected = int((~finite).sum())  # the step's one synchronisation with a GPU
+        keep = finite if rejected else None
+        total = torch.empty(self.dimension, device=squares.device)
+        sizes = [record.parameter.numel() for record in self._order]
+        for record, part in zip(self._order, torch.split(total, sizes), strict=True):
+            record.weighted_sum(coefficients, keep, part)
             record.clear()
         self._units = None
-        return Clipped(total=total, norms=norms, rejected=int((~finite).sum()))
+        return Clipped(total=total, norms=norms, rejected=rejected)
 
     def per_unit_gradients(self) -> Tensor:
         """The unclipped gradients [U, P] of the recorded batch, for tests and audits: O(U·P) memory."""

@@ -21,7 +21,8 @@ class Site:
     """One participant with its records, its model and its durable privacy state.
 
     `workspace_of` gives the workspace of a plan and `examples_of` the records that the plan's task reads.
-    `generator` is for tests alone: neither plan nor command line reaches it.
+    `noise_multiplier_of` calibrates σ from the plan; a simulation, whose processes would each repeat the same
+    search, hands in what it found. `generator` is for tests alone: neither plan nor command line reaches it.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class Site:
         store: SiteStore,
         workspace_of: Callable[[Plan], Workspace],
         examples_of: Callable[[Plan], Examples],
+        noise_multiplier_of: Callable[[Plan], float] = noise_multiplier,
         generator: SecureGenerator | None = None,
     ) -> None:
         self.name = name
         self._store = store
         self._workspace_of = workspace_of
         self._examples_of = examples_of
+        self._noise_multiplier_of = noise_multiplier_of
         self._generator = generator or SecureGenerator()
         self._plans: dict[str, Plan] = {}
         self._batches: dict[str, Batches] = {}
@@ -99,16 +102,18 @@ class Site:
         workspace = self._workspace_of(plan)
         check_length(request.weights, workspace.model.layout.dimension)
         check_finite(request.weights, "the joint weights")
+        sigma = self._noise_multiplier_of(plan)
+        event = round_event(plan, sigma)
         result = train(
             workspace.model,
             self._records(plan, workspace),
             plan.local,
             request.weights,
-            noise_multiplier=noise_multiplier(plan),
+            noise_multiplier=0.0 if event is None else sigma,
             generator=self._generator,
             runtime=workspace.runtime,
         )
-        self._store.release(request.plan_hash, request.round, request.model_hash, result.update, round_event(plan))
+        self._store.release(request.plan_hash, request.round, request.model_hash, result.update, event)
         return _reply(request, result.update)
 
     def _records(self, plan: Plan, workspace: Workspace) -> Batches:

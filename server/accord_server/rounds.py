@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -83,6 +84,11 @@ class Coordinator:
     def finished_rounds(self) -> int:
         """Number of rounds done."""
         return self._state.round
+
+    @property
+    def history(self) -> tuple[dict[str, Any], ...]:
+        """Public facts of the finished rounds, as `RoundReport.to_json` gives them."""
+        return self._state.history
 
     @property
     def weights(self) -> Vector:

@@ -277,6 +277,10 @@ def sweep(
     typer.echo(f"report {target / 'sweep.html'}")
 
 
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
 def scenarios(as_json: _Json = False) -> None:
     """List the scenarios that come with Accord."""
     from accord_shared.plan import read_toml
@@ -299,7 +303,7 @@ def bench(
     from accord_simulations.bench import run_benchmark
 
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    result = run_benchmark(name, merge_changes({}, sets), lambda text: sys.stderr.write(f"{text}\n"))
+    result = run_benchmark(name, merge_changes({}, sets), _say)
     if as_json:
         typer.echo(json.dumps(result))
         return

@@ -112,7 +112,7 @@ def compare(prepared: Prepared, changes: Mapping[str, Any], name: str, stopping:
         groups = [[("central", population.train)]]
     outcomes = []
     for index, members in enumerate(groups):
-        work = prepared.work_for(f"{name}-{index:04d}", len(members))
+        work = prepared.work_for(f"{name}-{index:04d}", plan, len(members))
         outcomes.append(_run(Federation(plan, work, members, stopping), prepared, scorer))
     return Comparison(
         name=name,
@@ -120,6 +120,7 @@ def compare(prepared: Prepared, changes: Mapping[str, Any], name: str, stopping:
         curve=tuple(float(value) for value in np.mean([curve for _, curve in outcomes], axis=0)),
         epsilon=plan_epsilon(plan, plan.run.rounds),
         seconds=time.monotonic() - started,
+        members=tuple(metrics for metrics, _ in outcomes) if name == "alone" else (),
     )
 
 

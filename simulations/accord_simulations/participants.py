@@ -38,6 +38,8 @@ class WorkFolder:
     seed: int
     runtime: Runtime
     faults: FaultSpec
+    noise_multiplier: float
+    """σ of the plan, calibrated once by the harness for all its processes."""
 
     def store(self, index: int) -> SiteStore:
         """The durable state of participant `index` (from 0)."""
@@ -98,6 +100,7 @@ def make_site(work: WorkFolder, index: int) -> Site:
         store=work.store(index),
         workspace_of=lambda plan: _workspace(plan.to_json(), work.cache, work.runtime),
         examples_of=lambda _: examples,
+        noise_multiplier_of=lambda _: work.noise_multiplier,
     )
 
 

@@ -14,8 +14,10 @@ from accord_client.features import FeatureCache, default_folder
 from accord_client.models import digest, locate
 from accord_client.trainer import Runtime
 from accord_client.workspace import Workspace
+from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.errors import DataError
 from accord_shared.plan import Plan
+from accord_simulations.faults import FaultSpec
 from accord_simulations.participants import WorkFolder
 from accord_simulations.population import Population, build
 from accord_simulations.scenario import Resolved, Resources, Scenario, resolve
@@ -90,11 +92,15 @@ class Prepared:
             return self.workspace
         return Workspace(plan, FeatureCache(self.work.cache), runtime_of(self.resolved.scenario.resources, plan))
 
-    def work_for(self, name: str, participants: int) -> WorkFolder:
+    def work_for(self, name: str, plan: Plan, participants: int) -> WorkFolder:
         """A work folder for a comparison beside the federation's own; without faults."""
-        from accord_simulations.faults import FaultSpec  # noqa: PLC0415
-
-        return replace(self.work, root=self.work.root / "compare" / name, participants=participants, faults=FaultSpec())
+        return replace(
+            self.work,
+            root=self.work.root / "compare" / name,
+            participants=participants,
+            faults=FaultSpec(),
+            noise_multiplier=noise_multiplier(plan),
+        )
 
 
 def prepare(resolved: Resolved, folder: Path, cache: Path | None, on_embedded: Progress = lambda _: None) -> Prepared:
@@ -111,6 +117,7 @@ def prepare(resolved: Resolved, folder: Path, cache: Path | None, on_embedded: P
         seed=plan.run.seed,
         runtime=runtime,
         faults=scenario.faults,
+        noise_multiplier=noise_multiplier(plan),
     )
     workspace = Workspace(plan, FeatureCache(work.cache), runtime)
     for index, participant in enumerate(resolved.population.participants):

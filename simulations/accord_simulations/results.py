@@ -53,6 +53,8 @@ class Comparison:
     """The main metric by round (for `alone`: of the mean participant)."""
     epsilon: float | None
     seconds: float
+    members: tuple[dict[str, float], ...] = ()
+    """For `alone`: each participant's own metrics, in the order of the participants."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,7 +130,7 @@ class _Simulation:
             checkpoints=checkpoints,
             observer=watcher.observe,
         )
-        watcher.restore(coordinator.finished_rounds)
+        watcher.restore(coordinator.finished_rounds, coordinator.history)
         self._progress.stage("federating", total=plan.run.rounds)
         if coordinator.finished_rounds == plan.run.rounds:
             return coordinator.weights
@@ -146,7 +146,15 @@ class _Simulation:
         for name in self._options.compare:
             self._progress.stage(f"comparing: {name}")
             if name in known:
-                done.append(Comparison(**{**known[name], "curve": tuple(known[name]["curve"])}))
+                done.append(
+                    Comparison(
+                        **{
+                            **known[name],
+                            "curve": tuple(known[name]["curve"]),
+                            "members": tuple(known[name]["members"]),
+                        }
+                    )
+                )
                 continue
             done.append(compare(prepared, self._changes, name, self._stopping))
             write_atomic(kept, json.dumps([asdict(comparison) for comparison in done]).encode())
@@ -158,7 +166,7 @@ class _Simulation:
         test = prepared.population.test
         predicted = Scorer(prepared.workspace, test).predictions(weights)
         by_text = dict(zip(test.texts, predicted.tolist(), strict=True))
-        participants = _participants(prepared, by_text)
+        participants = _participants(prepared, by_text, comparisons)
         rounds = _with_busy(self._rounds.rounds, self._rounds.ends, prepared)
         spent = [participant.epsilon for participant in participants if participant.epsilon is not None]
         facts: dict[str, Any] = {
@@ -255,9 +263,11 @@ class _RoundWatcher:
         self._since = time.time()
         self._epsilon: float | None = None
 
-    def restore(self, finished: int) -> None:
+    def restore(self, finished: int, history: Sequence[Mapping[str, Any]]) -> None:
         """Continue after `finished` rounds."""
         self._log.restore(finished)
+        for round_report in history:
+            self._released.update(round_report["survivors"])
 
     def start(self) -> None:
         """The sites have joined: rounds begin."""
@@ -268,9 +278,9 @@ class _RoundWatcher:
         trained = time.time()
         self._released.update(report.survivors)
         metrics = self._scorer.score(weights) if self._is_scored(report.round) else {}
+        scored = time.time()
         if self._is_accounted(report.round):
-            self._epsilon = plan_epsilon(self._plan, report.round)
-        now = time.time()
+            self._epsilon = plan_epsilon(self._plan, max(self._released.values()))
         result = RoundResult(
             round=report.round,
             metrics=metrics,
@@ -279,7 +289,7 @@ class _RoundWatcher:
             survivors=len(report.survivors),
             upload_bytes=report.upload_bytes,
             download_bytes=report.download_bytes,
-            stage_s={"round": trained - self._since, "score": now - trained},
+            stage_s={"round": trained - self._since, "score": scored - trained, "account": time.time() - scored},
             aborted_attempts=report.aborted_attempts,
         )
         self._log.add(result, self._since, trained)
@@ -297,12 +307,15 @@ def _every(number: int, rounds: int, points: int) -> bool:
     return number in (1, rounds) or number % max(1, rounds // points) == 0
 
 
-def _participants(prepared: Prepared, by_text: Mapping[str, int]) -> tuple[ParticipantResult, ...]:
+def _participants(
+    prepared: Prepared, by_text: Mapping[str, int], comparisons: tuple[Comparison, ...]
+) -> tuple[ParticipantResult, ...]:
     import numpy as np  # noqa: PLC0415
 
     from accord_client.tasks.classification import score  # noqa: PLC0415
 
     plan: Plan = prepared.plan
+    alone = next((comparison.members for comparison in comparisons if comparison.members), ())
     results = []
     for index, participant in enumerate(prepared.population.participants):
         releases = prepared.work.store(index).releases(plan.hash)
@@ -319,6 +332,7 @@ def _participants(prepared: Prepared, by_text: Mapping[str, int]) -> tuple[Parti
                 rounds_released=releases.rounds,
                 epsilon=spent,
                 metrics=metrics,
+                alone=alone[index] if alone else None,
             )
         )
     return tuple(results)
@@ -334,7 +348,8 @@ def _with_busy(
         inside = [(max(begin, start), min(stop, end)) for _, begin, stop in busy if stop > start and begin < end]
         train = _union(inside)
         wall = item.stage_s["round"]
-        stages = {"train": train, "score": item.stage_s["score"], "other": max(0.0, wall - train)}
+        rest = {name: seconds for name, seconds in item.stage_s.items() if name != "round"}
+        stages = {"train": train, **rest, "other": max(0.0, wall - train)}
         result.append(replace(item, stage_s=stages))
     return tuple(result)
 

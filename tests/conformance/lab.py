@@ -6,12 +6,12 @@ does; everything from the request to the reply is product code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from accord_client.data import Examples
 from accord_client.features import FeatureCache
@@ -133,6 +133,20 @@ def ask(site: Site, plan: Plan, lab: Lab, number: int, **options: Any) -> Messag
     return site.handle(request(plan, number, joint_weights(plan, lab, number), **options))
 
 
+def clipped_sum(lab: Lab, plan: Plan) -> npt.NDArray[np.float64]:
+    """Σ of clipped per-unit gradients [5, width] at zero weights and sampling rate 1, by hand in fp64."""
+    assert plan.local.clip_norm is not None
+    features = lab.embeddings.astype(np.float64)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    residual = np.full((lab.records, 5), 0.2) - np.eye(5)[lab.examples.labels]
+    total = np.zeros((5, lab.width))
+    for unit in np.unique(lab.examples.units):
+        rows = lab.examples.units == unit
+        gradient = residual[rows].T @ features[rows]
+        total += gradient * min(1.0, plan.local.clip_norm / np.linalg.norm(gradient))
+    return total
+
+
 class CountingGenerator(SecureGenerator):
     """Counts draws: `gaussian` once a noised step, `bernoulli` once a Poisson sample."""
 
@@ -149,6 +163,3 @@ class CountingGenerator(SecureGenerator):
         chosen = super().bernoulli(rate, count)
         self.sampled.append(int(chosen.sum()))
         return chosen
-
-
-Started = Callable[[], Site]

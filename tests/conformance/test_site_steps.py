@@ -16,7 +16,17 @@ from accord_shared.dp.events import SampledGaussian
 from accord_shared.dp.noise import SecureGenerator
 from accord_shared.errors import NonFinite, PrivacyError
 from accord_shared.messages import Refusal
-from conformance.lab import CountingGenerator, Lab, ask, dimension, joint_weights, lab_plan, request, trained
+from conformance.lab import (
+    CountingGenerator,
+    Lab,
+    ask,
+    clipped_sum,
+    dimension,
+    joint_weights,
+    lab_plan,
+    request,
+    trained,
+)
 
 KEY = bytes(range(32))
 FAST = {"privacy.accountant": "rdp"}
@@ -69,14 +79,14 @@ def test_a_unit_s_rows_meet_in_one_micro_batch(tmp_path: Path) -> None:
         plan = lab_plan({**FAST, "local.clip_norm": 0.05, "privacy.epsilon": 500.0})
         workspace = lab.workspace(plan)
         options: dict[str, Any] = {"noise_multiplier": 0.0, "generator": SecureGenerator(KEY)}
-        weights = joint_weights(plan, lab, 1)
+        weights = np.zeros(dimension(plan, lab), dtype=np.float32)
         runtime = Runtime(rows_in_memory=rows)
         batches = workspace.batches(lab.examples)
         updates.append(train(workspace.model, batches, plan.local, weights, runtime=runtime, **options).update)
     np.testing.assert_allclose(updates[0], updates[2], atol=1e-6)
     np.testing.assert_allclose(updates[1], updates[2], atol=1e-6)
-    bound = 4 * 0.05 * 0.7 / 12  # units times C, over the public divisor: four units cannot move more
-    assert np.linalg.norm(updates[2].astype(np.float64)) <= bound * (1 + 1e-5)
+    expected = -0.7 / 12 * clipped_sum(lab, plan).reshape(-1)
+    np.testing.assert_allclose(updates[2], expected, atol=2e-4 * np.abs(expected).max())
 
 
 def test_an_empty_sample_is_noised_and_paid_all_the_same(tmp_path: Path) -> None:

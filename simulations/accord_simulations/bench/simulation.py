@@ -160,6 +160,7 @@ def _accord(settings: SimulationSettings, folder: Path) -> _Run:
         seed=0,
         runtime=Runtime(),
         faults=FaultSpec(),
+        noise_multiplier=0.0,
     )
     return _Run(
         client_rounds=settings.participants * settings.rounds,
