@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
 from accord_simulations.participants import ParticipantHandler, WorkFolder
 from accord_simulations.scenario import Resources
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Ray's shared memory: messages in flight are all that goes through it."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,13 @@ class Engine:
             on_joined=on_joined,
             on_finished=finished.append,
         )
-        with _flower_log(self.log_file):
+        with _flower_log(self.log_file), self._ray():
             try:
                 run_simulation(
                     server_app=app,
                     client_app=client_app(ParticipantHandler(work)),
                     num_supernodes=work.participants,
-                    backend_config=self._backend(),
+                    backend_config={"client_resources": self._client_resources()},
                 )
             except AccordError:
                 raise
@@ -74,19 +78,36 @@ class Engine:
             raise Aborted("Flower's simulation runtime ended before the run did")
         return finished[0]
 
-    def _backend(self) -> Any:
-        init: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-        if self.ray_address is not None:
-            init["address"] = self.ray_address
-        else:
-            init["num_cpus"] = os.cpu_count() or 1
-            init["object_store_memory"] = 256 * 2**20
-        resources = {
+    @contextmanager
+    def _ray(self) -> Iterator[None]:
+        """A Ray cluster of our own, or the one at `ray_address`; Flower takes what it finds running.
+
+        Raises:
+            Aborted: Ray does not start, or nobody answers at the address.
+        """
+        import ray  # noqa: PLC0415
+
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        if self.ray_address is None:
+            options |= {"num_cpus": os.cpu_count() or 1, "object_store_memory": OBJECT_STORE_BYTES}
+        try:
+            ray.init(address=self.ray_address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise Aborted(f"Ray did not start: {str(error).splitlines()[0][:200]}") from None
+        for number, handler in handlers.items():  # Ray's own handler would end the process in mid-write
+            signal.signal(number, handler)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+    def _client_resources(self) -> dict[str, Any]:
+        return {
             "num_cpus": self.resources.cpus_per_participant,
             "num_gpus": self.resources.gpus_per_participant,
             "max_restarts": -1,  # Flower keeps a dead actor in its pool: every message to it would fail from then on
         }
-        return {"init_args": init, "client_resources": dict(resources)}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 
 from accord_client.data import Examples
 from accord_client.features import FeatureCache, default_folder
-from accord_client.models import digest, locate
+from accord_client.models import digest, locate, verified
 from accord_client.trainer import Runtime
 from accord_client.workspace import Workspace
 from accord_shared.dp.accounting import noise_multiplier
@@ -54,7 +54,9 @@ def resolve_scenario(scenario: Scenario, changes: Mapping[str, Any], data: Path 
             raise DataError(f"participant {participant.name} has no records")
     source = str(changes.get("model.source", _given(scenario, "model", "source", "")))
     known = digest(locate(source)) if source else None
-    return resolve(scenario, population, changes, known)
+    resolved = resolve(scenario, population, changes, known)
+    verified(resolved.plan.model)
+    return resolved
 
 
 def _given(scenario: Scenario, table: str, key: str, default: Any) -> Any:

@@ -192,7 +192,7 @@ def test_strangers_are_refused() -> None:
 
 def test_a_plan_spends_what_it_says_and_no_more() -> None:
     plan = plan_of({"local.steps_per_round": 3, "run.rounds": 5})
-    event = round_event(plan)
+    event = round_event(plan, noise_multiplier(plan))
     assert event is not None
     assert event.steps == 3
     costs = [plan_epsilon(plan, rounds) or 0.0 for rounds in range(6)]
@@ -210,5 +210,7 @@ def test_rounds_of_one_site_set_the_noise() -> None:
 def test_without_noise_there_is_no_epsilon_to_tell() -> None:
     plan = plan_of({"privacy.noise": "none", "privacy.epsilon": None})
     assert noise_multiplier(plan) == 0.0
-    assert round_event(plan) is None
+    assert round_event(plan, 0.0) is None
+    with pytest.raises(UnknownMechanism):  # a plan that promises noise and a site that has none
+        round_event(plan_of(), 0.0)
     assert plan_epsilon(plan, 4) is None
