@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from flwr.app import Context
@@ -11,6 +12,8 @@ from flwr.clientapp import ClientApp
 from accord_shared.errors import AccordError
 from accord_shared.messages import Message, Refusal
 from accord_shared.wire import decode, encode
+
+log = logging.getLogger(__name__)
 
 
 def client_app(handler_of: Callable[[Context], Callable[[Message], Message]]) -> ClientApp:
@@ -25,6 +28,9 @@ def client_app(handler_of: Callable[[Context], Callable[[Message], Message]]) ->
             reply = handler_of(context)(decode(message.content))
         except AccordError as error:
             reply = Refusal.of(error)
+        except Exception as error:  # Flower would send its text, which may quote private records
+            log.exception("a message could not be answered")
+            reply = Refusal.of(AccordError(type(error).__name__))
         return FlowerMessage(encode(reply), reply_to=message)
 
     app.train()(answer)

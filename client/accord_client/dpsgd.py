@@ -57,10 +57,11 @@ class ClippedOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def accumulate(self, clipped: Clipped) -> None:
         """Add one micro-batch of the step's Poisson sample."""
-        self._sum = clipped.total if self._sum is None else self._sum + clipped.total
+        total = clipped.total.double()  # micro-batches of any number add up without rounding to each other's size
+        self._sum = total if self._sum is None else self._sum + total
 
     def noised(self, total: Tensor) -> Tensor:
-        """What is released of the clipped sum `total` [P]."""
+        """What is released of the clipped sum `total` [P], fp64."""
         return total
 
     def add_noise(self) -> None:
@@ -69,8 +70,8 @@ class ClippedOptimizer(DPOptimizer):  # type: ignore[misc]
         sizes = [parameter.numel() for parameter in parameters]
         total = self._sum
         if total is None:
-            total = torch.zeros(sum(sizes), device=parameters[0].device)
-        for parameter, part in zip(parameters, torch.split(self.noised(total), sizes), strict=True):
+            total = torch.zeros(sum(sizes), dtype=torch.float64, device=parameters[0].device)
+        for parameter, part in zip(parameters, torch.split(self.noised(total).float(), sizes), strict=True):
             parameter.grad = part.view_as(parameter)
         self._sum = None
 
@@ -99,7 +100,7 @@ class NoisyOptimizer(ClippedOptimizer):
         """`total` [P] with noise, once for the flat vector."""
         scale = self.noise_multiplier * self.max_grad_norm
         noised = total.cpu().numpy().copy()
-        for start in range(0, len(noised), _CHUNK):  # fp64 a piece at a time: the flat vector may be long
+        for start in range(0, len(noised), _CHUNK):
             part = noised[start : start + _CHUNK]
             part[:] = snap(self.generator.gaussian(len(part), scale) + part, scale)
         return torch.from_numpy(noised).to(total.device)

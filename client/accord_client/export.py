@@ -31,7 +31,7 @@ from transformers import AutoModel, AutoTokenizer
 folder, base = ".", {base!r}  # the base model: a folder or a hub name
 info, head = json.load(open(f"{{folder}}/accord.json")), load_file(f"{{folder}}/head.safetensors")
 tokenizer, encoder = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base).eval(){backbone}
-batch = tokenizer(["Where is my card?"], truncation=True, max_length=info["max_tokens"], return_tensors="pt")
+batch = tokenizer(["Where is my card?"], padding=True, truncation=True, max_length={tokens}, return_tensors="pt")
 hidden, mask = encoder(**batch, output_hidden_states=True).hidden_states[{layer}], batch["attention_mask"].unsqueeze(-1)
 pooled = {pooled}
 features = torch.nn.functional.normalize(pooled, dim=-1) - head["center"]
@@ -114,6 +114,7 @@ def _readme(workspace: Workspace, facts: dict[str, Any]) -> str:
         base=base,
         backbone=_LOAD_BACKBONE[plan.adapter.depth],
         layer=plan.model.layer,
+        tokens=plan.task.max_tokens,
         pooled=_POOLED[_pooling(workspace)],
     )
 

@@ -15,6 +15,7 @@ Letters: B rows in the batch, U privacy units, T tokens, d inputs, p outputs, P 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from accord_shared.errors import PrivacyError, UnsupportedLayer
 
 CLIP_MARGIN = 1e-4
 """Relative allowance for fp32 rounding of a norm: clipped norms stay ≤ C when recomputed in fp64."""
+
+CLIP_NORMS = (1e-6, 1e6)
+"""Bounds of C: far outside, fp32 squares vanish or overflow and norms read 0 or infinity."""
 
 _CROSS_SAMPLE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -100,10 +104,21 @@ def _without(rows: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _gram_norms(inputs: Tensor, grads: Tensor) -> Tensor:
-    """‖Σ_t grads_t inputs_tᵀ‖² per row [B] = Σ_ts (inputs_t·inputs_s)(grads_t·grads_s)."""
+    """‖Σ_t grads_t inputs_tᵀ‖² per row [B] = Σ_ts (inputs_t·inputs_s)(grads_t·grads_s), rounded up.
+
+    Tokens may cancel (a record can be made so): then fp32 keeps nothing of the true norm, and what it may have
+    lost is added.
+    """
     if inputs.shape[1] == 1:
         return inputs.square().sum(dim=(1, 2)) * grads.square().sum(dim=(1, 2))
-    return ((inputs @ inputs.mT) * (grads @ grads.mT)).sum(dim=(1, 2)).clamp(min=0.0)
+    gram = ((inputs @ inputs.mT) * (grads @ grads.mT)).sum(dim=(1, 2)).clamp(min=0.0)
+    terms = (_lengths(inputs) * _lengths(grads)).sum(dim=1).square()  # ≥ Σ_ts |…|: what rounding scales with
+    return gram + 2.0**-24 * (16 + math.sqrt(inputs.shape[2]) + math.sqrt(grads.shape[2])) * terms
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return lengths
 
 
 class GradientTape:
@@ -145,10 +160,12 @@ class GradientTape:
     @contextmanager
     def recording(self, unit_index: Tensor, n_units: int) -> Iterator[None]:
         """Tape forward and backward of one batch whose rows belong to `unit_index` [B] of `n_units` units."""
-        rows_are_units = len(unit_index) == n_units
+        in_order = torch.arange(n_units, device=unit_index.device)
+        rows_are_units = len(unit_index) == n_units and bool((unit_index == in_order).all())
         self._units = _Units(unit_index, n_units, rows_are_units)
         for record in self._order:
             record.clear()
+            record.parameter.grad = None
         for module, forward in self._layers:
             module.forward = MethodType(_taped(forward, self), module)
         try:
@@ -163,11 +180,19 @@ class GradientTape:
         A unit whose gradient is not finite contributes nothing and is counted.
 
         Raises:
-            PrivacyError: no batch was recorded, or a trainable layer took no part in it.
+            PrivacyError: no batch was recorded, `clip_norm` is outside `CLIP_NORMS`, or matrix products are set
+                to a coarser precision than fp32.
+            UnsupportedLayer: a trainable tensor was used past its layer.
         """
         units = self._units
         if units is None:
             raise PrivacyError("no batch was recorded")
+        if not CLIP_NORMS[0] <= clip_norm <= CLIP_NORMS[1]:
+            raise PrivacyError(f"clip norm {clip_norm:g} is outside {CLIP_NORMS[0]:g} to {CLIP_NORMS[1]:g}")
+        if torch.get_float32_matmul_precision() != "highest":
+            raise PrivacyError("norms need torch.set_float32_matmul_precision('highest')")
+        if any(record.parameter.grad is not None for record in self._order):
+            raise UnsupportedLayer("a trainable tensor was used past its layer: its gradient is the batch's")
         squares = torch.zeros(units.count, device=self._order[0].parameter.device)
         for record in self._order:
             squares += record.squared_norms(units)

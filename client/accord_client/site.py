@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 
 from accord_client.data import Examples
@@ -9,12 +11,15 @@ from accord_client.store import Releases, SiteStore
 from accord_client.trainer import Batches, train
 from accord_client.workspace import Workspace
 from accord_shared import PROTOCOL_VERSION
-from accord_shared.dp.accounting import noise_multiplier, round_event
+from accord_shared.dp.accounting import noise_multiplier, round_event, run_epsilon
 from accord_shared.dp.noise import SecureGenerator
-from accord_shared.errors import AccordError, BudgetExhausted, DataError, ProtocolError
+from accord_shared.errors import AccordError, BudgetExhausted, DataError, PlanError, PrivacyError, ProtocolError
 from accord_shared.messages import Enquiry, Joined, Message, Refusal, TrainReply, TrainRequest
 from accord_shared.plan import Plan
 from accord_shared.vectors import Vector, check_finite, check_length
+
+log = logging.getLogger(__name__)
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class Site:
@@ -22,7 +27,8 @@ class Site:
 
     `workspace_of` gives the workspace of a plan and `examples_of` the records that the plan's task reads.
     `noise_multiplier_of` calibrates σ from the plan; a simulation, whose processes would each repeat the same
-    search, hands in what it found. `generator` is for tests alone: neither plan nor command line reaches it.
+    search, hands in what it found (it is checked). A plan without noise is refused unless the operator
+    accepts it by `accept_without_privacy`. `generator` is for tests alone: neither plan nor command line reaches it.
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class Site:
         workspace_of: Callable[[Plan], Workspace],
         examples_of: Callable[[Plan], Examples],
         noise_multiplier_of: Callable[[Plan], float] = noise_multiplier,
+        accept_without_privacy: bool = False,
         generator: SecureGenerator | None = None,
     ) -> None:
         self.name = name
@@ -40,6 +47,7 @@ class Site:
         self._workspace_of = workspace_of
         self._examples_of = examples_of
         self._noise_multiplier_of = noise_multiplier_of
+        self._accept_without_privacy = accept_without_privacy
         self._generator = generator or SecureGenerator()
         self._plans: dict[str, Plan] = {}
         self._batches: dict[str, Batches] = {}
@@ -53,6 +61,7 @@ class Site:
                 return self._train(message)
             raise ProtocolError(f"a site has no answer to {type(message).__name__}")
         except AccordError as error:
+            log.warning("%s refuses: %s: %s", self.name, type(error).__name__, error)
             return Refusal.of(error)
 
     def releases(self, plan: Plan) -> Releases:
@@ -64,15 +73,22 @@ class Site:
         plan = Plan.from_json(enquiry.plan_json)
         if plan.hash != enquiry.plan_hash:
             raise ProtocolError("the plan does not have the hash that came with it")
+        if plan.privacy.noise == "none" and not self._accept_without_privacy:
+            raise PlanError('privacy.noise = "none": this site does not train without privacy')
+        if plan.privacy.noise in ("cohort", "participant"):
+            raise PlanError(f'privacy.noise = "{plan.privacy.noise}" is not implemented at this site')
         self._store.keep_plan(plan.hash, plan.to_json())
         return Joined(site=self.name, protocol=PROTOCOL_VERSION, plan_hash=plan.hash)
 
     def _plan(self, plan_hash: str) -> Plan:
         if plan_hash not in self._plans:
-            text = self._store.plan_json(plan_hash)
+            text = self._store.plan_json(plan_hash) if _HASH.fullmatch(plan_hash) else None
             if text is None:
                 raise ProtocolError(f"plan {plan_hash[:12]}… was never joined")
-            self._plans[plan_hash] = Plan.from_json(text)
+            plan = Plan.from_json(text)
+            if plan.hash != plan_hash:
+                raise PrivacyError("the stored plan is not the one of this hash")
+            self._plans[plan_hash] = plan
         return self._plans[plan_hash]
 
     def _train(self, request: TrainRequest) -> TrainReply:
@@ -80,11 +96,12 @@ class Site:
         plan = self._plan(request.plan_hash)
         if not 1 <= request.round <= plan.run.rounds:
             raise ProtocolError(f"round {request.round} of a plan of {plan.run.rounds} rounds")
-        spent = self._store.releases(request.plan_hash)
-        if request.round <= spent.last_round:
-            return self._again(request, spent)
-        self._check_budget(plan, spent)
-        return self._release(request, plan)
+        with self._store.exclusive():  # one at a time, over all processes: check, train and charge are one step
+            spent = self._store.releases(request.plan_hash)
+            if request.round <= spent.last_round:
+                return self._again(request, spent)
+            self._check_budget(plan, spent)
+            return self._release(request, plan)
 
     def _again(self, request: TrainRequest, spent: Releases) -> TrainReply:
         """Resend the finished update unchanged: the same bytes cost nothing more."""
@@ -104,6 +121,8 @@ class Site:
         check_finite(request.weights, "the joint weights")
         sigma = self._noise_multiplier_of(plan)
         event = round_event(plan, sigma)
+        if event is not None and run_epsilon(plan, event) > (plan.privacy.epsilon or 0.0):
+            raise BudgetExhausted(f"noise multiplier {sigma:g} would spend more than the plan's epsilon")
         result = train(
             workspace.model,
             self._records(plan, workspace),
@@ -131,4 +150,5 @@ def _check_version(version: int) -> None:
 
 
 def _reply(request: TrainRequest, update: Vector) -> TrainReply:
+    check_finite(update, "the update")  # after its charge: how often noise overflows tells of what it hides
     return TrainReply(run_id=request.run_id, round=request.round, attempt=request.attempt, update=update)

@@ -6,7 +6,12 @@ release repeats the step at no cost, since nothing left; a crash after it sends 
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,8 @@ from accord_shared.errors import PrivacyError
 from accord_shared.files import make_folder, write_atomic
 from accord_shared.vectors import Vector
 
+_UPDATE = re.compile(r"plan-[0-9a-f]{64}-[01]\.f32")
+
 
 @dataclass(frozen=True)
 class Releases:
@@ -27,7 +34,19 @@ class Releases:
     last_round: int = 0
     last_model: str = ""
     last_update: str = ""
+    last_digest: str = ""
+    """File name and SHA-256 of the update that was released last."""
     events: tuple[Event, ...] = field(default_factory=tuple)
+
+    def check(self) -> None:
+        """Raise `ValueError` unless the values are what `SiteStore.release` writes."""
+        counts = (self.rounds, self.last_round)
+        if not all(type(count) is int and count >= 1 for count in counts) or self.rounds > self.last_round:
+            raise ValueError(f"{self.rounds} rounds up to round {self.last_round}")
+        if not isinstance(self.last_model, str) or not isinstance(self.last_digest, str):
+            raise ValueError("no digest of a model or update")
+        if not _UPDATE.fullmatch(self.last_update):
+            raise ValueError("no name of an update")
 
     @property
     def steps(self) -> int:
@@ -42,16 +61,24 @@ class SiteStore:
         self._folder = folder
 
     def _state(self, plan_hash: str) -> Path:
-        return self._folder / f"plan-{plan_hash[:16]}.json"
+        return self._folder / f"plan-{plan_hash}.json"
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """One holder at a time, over threads and processes; the system frees it when a holder dies."""
+        make_folder(self._folder)
+        with (self._folder / "lock").open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def keep_plan(self, plan_hash: str, plan_json: str) -> None:
         """Remember the plan that was joined."""
         make_folder(self._folder)
-        write_atomic(self._folder / f"plan-{plan_hash[:16]}.plan", plan_json.encode())
+        write_atomic(self._folder / f"plan-{plan_hash}.plan", plan_json.encode())
 
     def plan_json(self, plan_hash: str) -> str | None:
         """The plan that was joined under this hash."""
-        path = self._folder / f"plan-{plan_hash[:16]}.plan"
+        path = self._folder / f"plan-{plan_hash}.plan"
         return path.read_text() if path.exists() else None
 
     def releases(self, plan_hash: str) -> Releases:
@@ -68,8 +95,10 @@ class SiteStore:
             if state.pop("plan_hash") != plan_hash:
                 raise PrivacyError(f"{path.name} belongs to another plan")
             events = tuple(event_from_json(event) for event in state.pop("events"))
-            return Releases(events=events, **state)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            releases = Releases(events=events, **state)
+            releases.check()
+            return releases
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrivacyError(f"{path.name} is damaged, what was spent is unknown: {error}") from None
 
     def release(
@@ -78,14 +107,18 @@ class SiteStore:
         """Store the finished update, then charge it; only after that may it be sent."""
         make_folder(self._folder)
         before = self.releases(plan_hash)
-        name = f"plan-{plan_hash[:16]}-{round_number % 2}.f32"  # two names: the last one stays until replaced
-        write_atomic(self._folder / name, np.ascontiguousarray(update, dtype="<f4").tobytes(), mode=0o600)
+        data = np.ascontiguousarray(update, dtype="<f4").tobytes()
+        # Two names by the count of releases, not by round: rounds may be skipped, and the last update must stay
+        # until the next one is charged.
+        name = f"plan-{plan_hash}-{before.rounds % 2}.f32"
+        write_atomic(self._folder / name, data, mode=0o600)
         after = replace(
             before,
             rounds=before.rounds + 1,
             last_round=round_number,
             last_model=model_hash,
             last_update=name,
+            last_digest=hashlib.sha256(data).hexdigest(),
             events=merge([*before.events, *([event] if event else [])]),
         )
         state = {
@@ -94,12 +127,23 @@ class SiteStore:
             "last_round": after.last_round,
             "last_model": after.last_model,
             "last_update": after.last_update,
+            "last_digest": after.last_digest,
             "events": [event.to_json() for event in after.events],
         }
         write_atomic(self._state(plan_hash), json.dumps(state).encode(), mode=0o600)
         return after
 
     def last_update(self, releases: Releases) -> Vector:
-        """The update that was released last, bit for bit."""
-        data = (self._folder / releases.last_update).read_bytes()
+        """The update that was released last, bit for bit.
+
+        Raises:
+            PrivacyError: the file is missing or holds other bytes, which were never charged.
+        """
+        path = self._folder / releases.last_update
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise PrivacyError(f"{path.name} cannot be read: {error.strerror}") from None
+        if hashlib.sha256(data).hexdigest() != releases.last_digest:
+            raise PrivacyError(f"{path.name} is not the update that was released")
         return np.frombuffer(data, dtype="<f4").astype(np.float32)

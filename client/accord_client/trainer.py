@@ -96,15 +96,17 @@ def train(
 
     Raises:
         PrivacyError: the steps that ran are not the steps that the plan accounts for.
-        NonFinite: the update holds NaN or infinity (nothing may be released then).
+        NonFinite: the joint weights hold NaN or infinity.
+
+    The update is not checked: whether noise made it infinite is itself a release, and must be paid for first.
     """
     check_finite(weights, "the joint weights")
     model.load(weights)
     steps, rejected = _Steps(model, batches, spec, noise_multiplier, generator, runtime).run()
     if steps != spec.steps_per_round:
         raise PrivacyError(f"{steps} steps ran, the plan accounts for {spec.steps_per_round}")
-    update = model.vector() - weights
-    check_finite(update, "the update")
+    with np.errstate(over="ignore", invalid="ignore"):
+        update = model.vector() - weights
     return LocalUpdate(update=update, steps=steps, rejected=rejected)
 
 

@@ -31,7 +31,7 @@ def _plain(value: Any) -> Any:
         return decimal_string(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [_plain(item) for item in value]
     raise PlanError(f"no canonical form for {type(value).__name__}")
 

@@ -87,7 +87,20 @@ class Interrupted(AccordError):
 
 REFUSALS: dict[str, type[AccordError]] = {
     kind.__name__: kind
-    for kind in (PrivacyError, BudgetExhausted, ProtocolError, NonFinite, DataError, ModelError, PlanError)
+    for kind in (
+        AccordError,
+        PrivacyError,
+        BudgetExhausted,
+        UnknownMechanism,
+        UnsupportedLayer,
+        ProtocolError,
+        NonFinite,
+        DataError,
+        ModelError,
+        OutputError,
+        MissingExtra,
+        PlanError,
+    )
 }
 """Refusals that a site may send to the coordinator by name."""
 

@@ -74,7 +74,7 @@ class Refusal:
         cells of private records, and is named only.
         """
         in_words = isinstance(error, REFUSALS_IN_WORDS)
-        reason = str(error).splitlines()[0][:300] if in_words else "see the site's own log"
+        reason = next(iter(str(error).splitlines()), "")[:300] if in_words else "see the site's own log"
         return Refusal(kind=type(error).__name__, reason=reason)
 
     def error(self) -> AccordError:

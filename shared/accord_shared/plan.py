@@ -132,7 +132,7 @@ class LocalSpec(Table):
     sampling_rate: Rate = 1.0
     steps_per_round: int = Field(default=1, ge=1, le=100_000)
     expected_records: int = Field(ge=1, lt=2**53)
-    clip_norm: Positive | None = None
+    clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     """C. Noise needs it; plain training clips per unit where it is given, which helps against wrong labels."""
 
 
@@ -305,7 +305,7 @@ def apply_changes(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
 def first_problem(error: ValidationError) -> str:
     """One line that names the first offending key and says what is wrong with it."""
     problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) if str(part).isprintable() else repr(part) for part in problem["loc"])
     what = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"unknown key: {where}"

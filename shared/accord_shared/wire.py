@@ -21,6 +21,9 @@ _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind for kind in (Enquiry, Joined, TrainRequest, TrainReply, Refusal)
 }
 _SCALARS: dict[str, type] = {"int": int, "str": str}
+_KIND = "message"  # no message has a field of this name
+_LONGEST = {"plan_json": 4 << 20, "reason": 300}
+_LONGEST_OTHER, _LARGEST = 128, 2**53
 
 
 def _array(vector: Vector) -> Array:
@@ -38,7 +41,7 @@ def _vector(array: Array) -> Vector:
 
 def encode(message: Message) -> RecordDict:
     """The Flower content of a message."""
-    scalars: dict[str, Any] = {"kind": type(message).__name__}
+    scalars: dict[str, Any] = {_KIND: type(message).__name__}
     arrays: dict[str, Array] = {}
     for field in fields(message):
         value = getattr(message, field.name)
@@ -60,8 +63,9 @@ def decode(content: RecordDict) -> Message:
     """
     scalars = dict(content.config_records.get(_FIELDS, {}))
     arrays = dict(content.array_records.get(_VECTORS, {}))
-    kind = _KINDS.get(str(scalars.pop("kind", "")))
-    if kind is None or set(content) - {_FIELDS, _VECTORS}:
+    kind = _KINDS.get(str(scalars.pop(_KIND, "")))
+    ours = len(content.config_records) + len(content.array_records)
+    if kind is None or set(content) - {_FIELDS, _VECTORS} or ours != len(content):
         raise ProtocolError("not an Accord message")
     values: dict[str, Any] = {}
     for field in fields(kind):
@@ -73,9 +77,17 @@ def decode(content: RecordDict) -> Message:
         values[field.name] = _vector(value) if expected is None else value
         if expected is not None and type(value) is not expected:
             raise ProtocolError(f"{kind.__name__}.{field.name} is not {expected.__name__}")
-    if scalars or arrays:
+        if expected is not None and not _within_bounds(field.name, value):
+            raise ProtocolError(f"{kind.__name__}.{field.name} is too large")
+    if scalars or arrays or (_VECTORS in content) != any(isinstance(value, np.ndarray) for value in values.values()):
         raise ProtocolError(f"{kind.__name__} has unknown fields: {sorted([*scalars, *arrays])[:3]}")
     return kind(**values)
+
+
+def _within_bounds(name: str, value: int | str) -> bool:
+    if isinstance(value, str):
+        return len(value) <= _LONGEST.get(name, _LONGEST_OTHER)
+    return 0 <= value <= _LARGEST
 
 
 def payload_bytes(message: Message) -> int:

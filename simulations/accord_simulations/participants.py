@@ -101,6 +101,7 @@ def make_site(work: WorkFolder, index: int) -> Site:
         workspace_of=lambda plan: _workspace(plan.to_json(), work.cache, work.runtime),
         examples_of=lambda _: examples,
         noise_multiplier_of=lambda _: work.noise_multiplier,
+        accept_without_privacy=True,  # simulated participants have nothing to lose
     )
 
 

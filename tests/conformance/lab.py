@@ -88,6 +88,7 @@ class Lab:
 
         return Site(
             name,
+            accept_without_privacy=True,
             store=self.store(),
             workspace_of=workspace_of,
             examples_of=lambda _: self.examples,

@@ -12,7 +12,10 @@ which spares the discretisation and its pessimism.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -86,7 +89,16 @@ def _rdp(events: tuple[Event, ...], delta: float) -> float:
         gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
         sampled = dp_accounting.PoissonSampledDpEvent(event.sampling_rate, gaussian)
         tool.compose(gaussian if event.sampling_rate == 1.0 else sampled, event.steps)
-    return float(tool.get_epsilon(delta))
+    with _quiet():
+        return float(tool.get_epsilon(delta))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings that the best Rényi order is an end of their range: the bound is loose then, not wrong."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Optimal order is the", UserWarning)
+        yield
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
@@ -112,9 +124,12 @@ def _prv(events: tuple[Event, ...], delta: float) -> float:
         from opacus.accountants import PRVAccountant  # noqa: PLC0415
     except ImportError:
         raise MissingExtra('accountant "prv" needs Opacus: install the extra [client]') from None
+    if len(events) == 1 and events[0].sampling_rate == 1.0:
+        return gaussian_epsilon(events[0].noise_multiplier, delta)  # Opacus takes log(1 - q)
     tool = PRVAccountant()
     tool.history = [(event.noise_multiplier, event.sampling_rate, event.steps) for event in events]
-    return float(tool.get_epsilon(delta=delta))
+    with _quiet():
+        return float(tool.get_epsilon(delta=delta))
 
 
 _ACCOUNTANTS: dict[str, Callable[[tuple[Event, ...], float], float]] = {
@@ -186,6 +201,12 @@ def round_event(plan: Plan, sigma: float) -> Event | None:
     if plan.privacy.noise == "none":
         return None
     return SampledGaussian(sigma, plan.local.sampling_rate, plan.local.steps_per_round)
+
+
+def run_epsilon(plan: Plan, event: Event) -> float:
+    """ε of a site that releases as many rounds as the plan grants it, each costing `event`."""
+    whole = replace(event, steps=event.steps * plan.rounds_per_site)
+    return epsilon([whole], plan.privacy.delta, plan.privacy.accountant)
 
 
 def plan_epsilon(plan: Plan, rounds: int) -> float | None:

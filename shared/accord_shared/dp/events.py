@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,8 @@ class SampledGaussian:
     steps: int
 
     def __post_init__(self) -> None:
-        if not (self.noise_multiplier > 0 and 0 < self.sampling_rate <= 1 and self.steps >= 1):
+        whole = type(self.steps) is int and self.steps >= 1
+        if not (0 < self.noise_multiplier < math.inf and 0 < self.sampling_rate <= 1 and whole):
             raise UnknownMechanism(f"no guarantee follows from {self}")
 
     def to_json(self) -> dict[str, Any]:
