@@ -55,10 +55,14 @@ class Releases:
 
 
 class SiteStore:
-    """A folder with one state file per plan and the last finished update."""
+    """A folder with one state file per plan and the last finished update.
 
-    def __init__(self, folder: Path) -> None:
+    `durable=False` is for throw-away runs that nobody resumes: it skips waiting for the disk.
+    """
+
+    def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self._folder = folder
+        self._durable = durable
 
     def _state(self, plan_hash: str) -> Path:
         return self._folder / f"plan-{plan_hash}.json"
@@ -111,7 +115,7 @@ class SiteStore:
         # Two names by the count of releases, not by round: rounds may be skipped, and the last update must stay
         # until the next one is charged.
         name = f"plan-{plan_hash}-{before.rounds % 2}.f32"
-        write_atomic(self._folder / name, data, mode=0o600)
+        write_atomic(self._folder / name, data, mode=0o600, durable=self._durable)
         after = replace(
             before,
             rounds=before.rounds + 1,
@@ -130,7 +134,7 @@ class SiteStore:
             "last_digest": after.last_digest,
             "events": [event.to_json() for event in after.events],
         }
-        write_atomic(self._state(plan_hash), json.dumps(state).encode(), mode=0o600)
+        write_atomic(self._state(plan_hash), json.dumps(state).encode(), mode=0o600, durable=self._durable)
         return after
 
     def last_update(self, releases: Releases) -> Vector:

@@ -11,8 +11,10 @@ from pathlib import Path
 from accord_shared.errors import OutputError
 
 
-def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
     """Replace `path` by `data` so that a crash at any instant leaves the old or the new file.
+
+    Without `durable` a reader still sees one or the other, but a power cut may leave neither.
 
     Raises:
         OutputError: the folder is missing, not writable, or the disk is full.
@@ -24,13 +26,15 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
                 os.fchmod(file.fileno(), mode)
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             Path(temporary).replace(path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 Path(temporary).unlink()
             raise
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 

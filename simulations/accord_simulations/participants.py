@@ -40,10 +40,11 @@ class WorkFolder:
     faults: FaultSpec
     noise_multiplier: float
     """σ of the plan, calibrated once by the harness for all its processes."""
+    durable: bool = True
 
     def store(self, index: int) -> SiteStore:
         """The durable state of participant `index` (from 0)."""
-        return SiteStore(self.root / "sites" / f"{index:04d}")
+        return SiteStore(self.root / "sites" / f"{index:04d}", durable=self.durable)
 
     def _records(self, index: int) -> Path:
         return self.root / "records" / f"{index:04d}.json"

@@ -102,6 +102,7 @@ class Prepared:
             participants=participants,
             faults=FaultSpec(),
             noise_multiplier=noise_multiplier(plan),
+            durable=False,
         )
 
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from accord_client.export import export_model
 from accord_server.aggregation import PlainAggregation
 from accord_server.checkpoint import CheckpointFolder
@@ -115,7 +117,10 @@ class _Simulation:
         texts = len(self._resolved.population.train) + len(self._resolved.population.test)
         self._progress.stage("embedding", total=texts)
         make_folder(self._folder.work)
-        return prepare(self._resolved, self._folder.work, self._options.cache, self._progress.advance)
+        prepared = prepare(self._resolved, self._folder.work, self._options.cache, self._progress.advance)
+        if self._plan.adapter.depth == "head":
+            torch.set_num_threads(1)  # a head's steps take a millisecond: threads that wait for a core cost tenfold
+        return prepared
 
     def _federate(self, prepared: Prepared) -> Vector:
         plan = self._plan
