@@ -133,6 +133,7 @@ class FeatureBatches:
     features: Tensor
     labels: Tensor
     units: Indices
+    lengths: None = None
 
     def inputs(self, rows: Indices) -> Tensor:
         """Features [B, d] of the rows."""
@@ -149,6 +150,11 @@ class TokenBatches:
     labels: Tensor
     units: Indices
     device: str
+
+    @property
+    def lengths(self) -> Indices:
+        """Number of tokens [n] of each record."""
+        return self.tokens.lengths
 
     def inputs(self, rows: Indices) -> dict[str, Tensor]:
         """`ids`, `mask` [B, T] and `prefix` [B, T, d] of the rows."""

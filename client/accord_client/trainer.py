@@ -51,6 +51,10 @@ class Batches(Protocol):
     def units(self) -> Indices:
         """Privacy unit [n] of each row, 0..n_units-1."""
 
+    @property
+    def lengths(self) -> Indices | None:
+        """Length [n] of each row where it decides what a micro-batch costs, else None."""
+
     def inputs(self, rows: Indices) -> Tensor | dict[str, Tensor]:
         """The model's input for the rows, on the model's device."""
 
@@ -130,7 +134,7 @@ class _Steps:
                 raise PrivacyError("noise without a clip norm hides nothing")
             return self._plain(), 0
         tape = GradientTape(self.model.module)
-        grouped = _UnitRows(self.batches.units)
+        grouped = _UnitRows(self.batches.units, self.batches.lengths)
         optimizer = self._clipped_optimizer(self.spec.clip_norm)
         for _ in range(self.spec.steps_per_round):
             chosen = np.flatnonzero(self.generator.bernoulli(self.spec.sampling_rate, grouped.n_units))
@@ -196,15 +200,21 @@ def _chunks(rows: Indices, size: int) -> Iterator[Indices]:
 class _UnitRows:
     """Rows by unit, so that a unit's rows always meet in one micro-batch and are clipped together."""
 
-    def __init__(self, units: Indices) -> None:
+    def __init__(self, units: Indices, lengths: Indices | None) -> None:
         self.n_units = int(units.max()) + 1 if len(units) else 0
         self._rows = np.argsort(units, kind="stable")
         self._sizes = np.bincount(units, minlength=self.n_units)
         self._ends = np.cumsum(self._sizes)
         self._single = bool((self._sizes == 1).all())
+        self._longest: Indices | None = None
+        if lengths is not None:
+            self._longest = np.zeros(self.n_units, dtype=np.int64)
+            np.maximum.at(self._longest, units, lengths)
 
     def micro_batches(self, chosen: Indices, limit: int) -> Iterator[tuple[Indices, Indices, int]]:
         """(rows, unit of each row, number of units) of the `chosen` units, about `limit` rows at a time."""
+        if self._longest is not None:  # the sum does not depend on the order; padding does: units of a length meet
+            chosen = chosen[np.argsort(self._longest[chosen], kind="stable")]
         for units in self._split(chosen, limit):
             sizes = self._sizes[units]
             starts = self._ends[units] - sizes

@@ -185,7 +185,8 @@ def resolve(
             if key not in changes:
                 wanted = apply_changes(wanted, {key: value})
     plan = make_plan(_with_makeup_rounds(wanted, scenario, changes))
-    if scenario.auto is not None and plan.privacy.noise != "none" and "server.learning_rate" not in changes:
+    fixed = {*changes, *(key for entry in matching for key in entry.set)}
+    if scenario.auto is not None and plan.privacy.noise != "none" and "server.learning_rate" not in fixed:
         plan = plan.revised({"server.learning_rate": scenario.auto.learning_rate(plan)})
     return Resolved(
         scenario=scenario,
