@@ -81,6 +81,7 @@ def simulate(
     from accord_simulations.compare import parse_comparisons
     from accord_simulations.run import Options
     from accord_simulations.run import simulate as run
+    from accord_simulations.scenario import split_changes
 
     table, plan_changes = split_changes(scenario, changes)
     target = out or Path("runs") / f"{table.scenario.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -119,32 +120,6 @@ def merge_changes(options: dict[str, Any], sets: list[str] | None) -> dict[str, 
             raise PlanError(f"--set {key} contradicts the option that sets it to {changes[key]!r}")
         changes[key.strip()] = value
     return changes
-
-
-def split_changes(name: str, changes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The scenario with its own keys changed, and the changes that are the plan's.
-
-    Raises:
-        PlanError: the scenario is unknown or a key belongs to neither; a mode that is not there yet.
-    """
-    from accord_shared.plan import Plan
-    from accord_simulations.scenario import make_scenario, override, read_scenario
-
-    _refuse_future(changes)
-    table = read_scenario(name)
-    override(table, changes)
-    in_plan = {key: value for key, value in changes.items() if key.split(".")[0] in Plan.model_fields}
-    own = {key: value for key, value in changes.items() if key not in in_plan}
-    return make_scenario(override(table, own)), in_plan
-
-
-def _refuse_future(changes: dict[str, Any]) -> None:
-    if changes.get("privacy.noise") in ("cohort", "participant"):
-        raise PlanError(
-            f'noise "{changes["privacy.noise"]}" needs secure aggregation, which is not in this version yet'
-        )
-    if changes.get("secure_aggregation.mode", "off") != "off":
-        raise PlanError("secure aggregation is not in this version yet: use --secure-aggregation off")
 
 
 @contextmanager

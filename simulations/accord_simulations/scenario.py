@@ -141,6 +141,28 @@ def override(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return apply_changes(dict(table), full)
 
 
+def split_changes(name: str, changes: Mapping[str, Any]) -> tuple[Scenario, dict[str, Any]]:
+    """The scenario with its own keys changed, and the changes that are the plan's.
+
+    Raises:
+        PlanError: the scenario is unknown, a key belongs to neither, or a mode is not there yet.
+    """
+    _refuse_future(changes)
+    table = read_scenario(name)
+    override(table, changes)
+    in_plan = {key: value for key, value in changes.items() if key.split(".")[0] in Plan.model_fields}
+    own = {key: value for key, value in changes.items() if key not in in_plan}
+    return make_scenario(override(table, own)), in_plan
+
+
+def _refuse_future(changes: Mapping[str, Any]) -> None:
+    noise = changes.get("privacy.noise")
+    if noise in ("cohort", "participant"):
+        raise PlanError(f'noise "{noise}" needs secure aggregation, which is not in this version yet')
+    if changes.get("secure_aggregation.mode", "off") != "off":
+        raise PlanError("secure aggregation is not in this version yet: use --secure-aggregation off")
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A scenario with every choice made: the population that exists and the plan that runs."""

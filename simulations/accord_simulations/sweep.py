@@ -13,10 +13,10 @@ from typing import Any
 
 from accord_shared.errors import OutputError, PlanError
 from accord_shared.files import make_folder
-from accord_simulations.cli import split_changes
 from accord_simulations.resources import versions
 from accord_simulations.results import SimulationResult, SweepPoint, SweepResult
 from accord_simulations.run import Options, simulate
+from accord_simulations.scenario import split_changes
 
 _KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "epsilon": ("privacy.epsilon", float),
