@@ -114,8 +114,9 @@ class Coordinator:
     def _round(self, exchange: Exchange, number: int) -> RoundReport:
         aggregate, report = self._attempts(exchange, number)
         mean = aggregate.total / len(aggregate.survivors)
-        change, optimizer = step(self._plan.server, self._state.optimizer, mean)
-        weights = self._state.weights + change
+        with np.errstate(over="ignore", invalid="ignore"):  # the check below says it in a typed error
+            change, optimizer = step(self._plan.server, self._state.optimizer, mean)
+            weights = self._state.weights + change
         check_finite(weights, f"the joint model after round {number}")
         averages = number > self._plan.run.rounds * (1.0 - self._plan.server.average_last)
         self._state = replace(
