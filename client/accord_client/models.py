@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -332,7 +333,9 @@ def _with_lora(encoder: Encoder, plan: Plan, frozen: int) -> nn.Module:
         bias="none",
     )
     try:
-        backbone: nn.Module = get_peft_model(encoder.model, config)  # type: ignore[arg-type, unused-ignore]
+        with warnings.catch_warnings():  # peft still asks transformers by an old name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            backbone: nn.Module = get_peft_model(encoder.model, config)  # type: ignore[arg-type, unused-ignore]
     except ValueError as error:
         raise PlanError(f"adapter.targets = {list(spec.targets or ())}: {str(error)[:150]}") from None
     _public_start(backbone, plan.run.seed, freeze_a=bool(spec.freeze_a))
