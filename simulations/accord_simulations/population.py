@@ -94,27 +94,27 @@ class HubData(_Labelled):
     hub: str
 
 
-class BankDemo(_Spec):
+class _Synthetic(_Spec):
+    """What the generators have in common: sizes, skews and the share of wrong labels."""
+
+    records_per_participant: int = Field(default=600, ge=20, le=100_000)
+    test_records_per_participant: int = Field(default=150, ge=10, le=100_000)
+    size_spread: float = Field(default=0.4, ge=0, le=2)
+    class_skew: float = Field(default=2.0, gt=0)
+    label_noise: float = Field(default=0.06, ge=0, lt=0.5)
+
+
+class BankDemo(_Synthetic):
     """Synthetic customer messages to banks: see `generators.bank`."""
 
     kind: Literal["bank-demo"]
-    records_per_participant: int = Field(default=600, ge=20, le=100_000)
-    test_records_per_participant: int = Field(default=150, ge=10, le=100_000)
-    size_spread: float = Field(default=0.4, ge=0, le=2)
-    class_skew: float = Field(default=2.0, gt=0)
-    label_noise: float = Field(default=0.06, ge=0, lt=0.5)
     distractions: float = Field(default=0.08, ge=0, le=1)
 
 
-class RetailDemo(_Spec):
+class RetailDemo(_Synthetic):
     """Synthetic reviews of chains' customers: see `generators.retail`."""
 
     kind: Literal["retail-demo"]
-    records_per_participant: int = Field(default=600, ge=20, le=100_000)
-    test_records_per_participant: int = Field(default=150, ge=10, le=100_000)
-    size_spread: float = Field(default=0.4, ge=0, le=2)
-    class_skew: float = Field(default=2.0, gt=0)
-    label_noise: float = Field(default=0.06, ge=0, lt=0.5)
     mixed: float = Field(default=0.04, ge=0, le=1)
     unit: Literal["row", "column:customer"] = "row"
     records_per_customer: float = Field(default=3.0, ge=1, le=100)
