@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from accord_client.models import EncoderModel
+from accord_client.models import EncoderModel, pooling, verified
 from accord_client.workspace import Workspace
 from accord_shared.files import make_folder, write_atomic
 from accord_shared.vectors import Vector
@@ -115,11 +115,5 @@ def _readme(workspace: Workspace, facts: dict[str, Any]) -> str:
         backbone=_LOAD_BACKBONE[plan.adapter.depth],
         layer=plan.model.layer,
         tokens=plan.task.max_tokens,
-        pooled=_POOLED[_pooling(workspace)],
+        pooled=_POOLED[pooling(verified(plan.model))],
     )
-
-
-def _pooling(workspace: Workspace) -> str:
-    from accord_client.models import pooling, verified
-
-    return pooling(verified(workspace.plan.model))

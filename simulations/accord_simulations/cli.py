@@ -91,7 +91,7 @@ def simulate(
     with stop_signal() as stopping, _progress(table) as progress:
         result = run(table, plan_changes, settings, progress=progress, stopping=stopping)
     summary = summarize(result, target)
-    typer.echo(json.dumps(summary) if as_json else _readable(summary, result))
+    typer.echo(json.dumps(summary) if as_json else _readable(summary))
 
 
 def _progress(scenario: Any) -> Any:
@@ -176,7 +176,7 @@ def summarize(result: Any, target: Path) -> dict[str, Any]:
     }
 
 
-def _readable(summary: dict[str, Any], result: Any) -> str:
+def _readable(summary: dict[str, Any]) -> str:
     epsilon = summary["epsilon"]
     privacy = "no privacy (noise: none)" if epsilon is None else f"ε = {epsilon:.3g} at δ = {summary['delta']:g}"
     lines = [
@@ -193,7 +193,6 @@ def _readable(summary: dict[str, Any], result: Any) -> str:
         f"  report           {summary['report']}",
         f"  model            {summary['model']}",
     ]
-    del result
     return "\n".join(lines)
 
 

@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from accord_client.export import export_model
+from accord_client.tasks.classification import score
 from accord_server.aggregation import PlainAggregation
 from accord_server.checkpoint import CheckpointFolder
 from accord_server.rounds import Coordinator, RoundReport
@@ -315,10 +317,6 @@ def _every(number: int, rounds: int, points: int) -> bool:
 def _participants(
     prepared: Prepared, by_text: Mapping[str, int], comparisons: tuple[Comparison, ...]
 ) -> tuple[ParticipantResult, ...]:
-    import numpy as np  # noqa: PLC0415
-
-    from accord_client.tasks.classification import score  # noqa: PLC0415
-
     plan: Plan = prepared.plan
     alone = next((comparison.members for comparison in comparisons if comparison.members), ())
     results = []
