@@ -77,6 +77,7 @@ class Site:
             raise PlanError('privacy.noise = "none": this site does not train without privacy')
         if plan.privacy.noise in ("cohort", "participant"):
             raise PlanError(f'privacy.noise = "{plan.privacy.noise}" is not implemented at this site')
+        self._workspace_of(plan)  # a model that cannot be loaded is told now, and the first round need not wait for it
         self._store.keep_plan(plan.hash, plan.to_json())
         return Joined(site=self.name, protocol=PROTOCOL_VERSION, plan_hash=plan.hash)
 

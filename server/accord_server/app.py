@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.005
 """Pause between two looks for replies: Flower's own 3 s would be most of a short round."""
+LONGEST_POLL_S = 0.1
+"""Where a look is itself expensive."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,10 @@ class FlowerExchange:
             self._pause()
         return nodes
 
-    def _pause(self) -> None:
+    def _pause(self, at_least_s: float = POLL_S) -> None:
         if self._stopping():
             raise Interrupted("asked to stop")
-        time.sleep(POLL_S)
+        time.sleep(at_least_s)
 
     def _trip(self, requests: Mapping[int, Message], kind: str, timeout_s: float) -> Iterator[tuple[int, Reply]]:
         contents = {id(request): encode(request) for request in requests.values()}
@@ -97,11 +99,13 @@ class FlowerExchange:
         ]
         waiting = dict(zip(self._grid.push_messages(messages), requests, strict=True))
         deadline = time.monotonic() + timeout_s
-        while waiting and time.monotonic() < deadline:
-            for answer in self._grid.pull_messages(list(waiting)):
+        while waiting and (start := time.monotonic()) < deadline:
+            answers = list(self._grid.pull_messages(list(waiting)))
+            looked_s = time.monotonic() - start
+            for answer in answers:
                 yield waiting.pop(answer.metadata.reply_to_message_id), _reply(answer)
             if waiting:
-                self._pause()
+                self._pause(min(max(POLL_S, 4 * looked_s), LONGEST_POLL_S))  # a look at a thousand sites must not take the whole core
         for node in waiting.values():
             yield node, Failure(f"no reply within {timeout_s:g} s")
 

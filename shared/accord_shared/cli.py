@@ -77,7 +77,7 @@ def _facts(plan: Any) -> dict[str, Any]:
         "noise_multiplier": noise_multiplier(plan) or None,
         "steps": plan.steps,
         "epsilon_per_round": plan_epsilon(plan, 1),
-        "epsilon_total": plan_epsilon(plan, plan.run.rounds),
+        "epsilon_total": plan_epsilon(plan, plan.rounds_per_site),
         "delta": plan.privacy.delta,
         **dict.fromkeys(_CLIENT_FACTS),
     }

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
+from threading import Event
 from typing import Any
 
-from accord_server.app import Timing, server_app
+from accord_server.app import LONGEST_POLL_S, POLL_S, Timing, server_app
 from accord_server.rounds import Coordinator
 from accord_shared.errors import Aborted, AccordError
 from accord_shared.plan import Plan
@@ -62,7 +65,7 @@ class Engine:
             on_joined=on_joined,
             on_finished=finished.append,
         )
-        with _flower_log(self.log_file), self._ray():
+        with _flower_log(self.log_file), self._ray(), _prompt_delivery():
             try:
                 run_simulation(
                     server_app=app,
@@ -108,6 +111,31 @@ class Engine:
             "num_gpus": self.resources.gpus_per_participant,
             "max_restarts": -1,  # Flower keeps a dead actor in its pool: every message to it would fail from then on
         }
+
+
+@contextmanager
+def _prompt_delivery() -> Iterator[None]:
+    """Deliver messages to the workers within milliseconds: Flower's own loop looks every 100 ms.
+
+    The loop is internal to flwr (pinned); a contract test guards its name and arguments.
+    """
+    from flwr.server.superlink.fleet.vce import vce_api  # noqa: PLC0415
+
+    def deliver(state: Any, queue: Queue[Any], nodes_mapping: dict[int, int], f_stop: Event) -> None:
+        while not f_stop.is_set():
+            start = time.monotonic()
+            found = [m for node in nodes_mapping for m in state.get_message_ins(node_id=node, limit=1)]
+            for message in found:
+                queue.put(message)
+            if not found:
+                f_stop.wait(min(max(POLL_S, 4 * (time.monotonic() - start)), LONGEST_POLL_S))
+
+    flowers_own = vce_api.add_messages_to_queue
+    vce_api.add_messages_to_queue = deliver
+    try:
+        yield
+    finally:
+        vce_api.add_messages_to_queue = flowers_own
 
 
 @contextmanager

@@ -35,8 +35,8 @@ from accord_simulations.scoring import Scorer
 
 T = TypeVar("T")
 
-EPSILON_POINTS = 20
-"""Sampled mechanisms are accounted at this many rounds for the curve: each point costs half a second."""
+EPSILON_POINTS = 10
+"""Sampled mechanisms are accounted at this many rounds for the curve: each point costs a tenth of a second."""
 
 SCORED_ROUNDS = 20
 """At depths where scoring the held-out data takes seconds, it is done this often (and at the end)."""
@@ -287,7 +287,8 @@ class _RoundWatcher:
         metrics = self._scorer.score(weights) if self._is_scored(report.round) else {}
         scored = time.time()
         if self._is_accounted(report.round):
-            self._epsilon = plan_epsilon(self._plan, max(self._released.values()))
+            last = report.round == self._plan.run.rounds
+            self._epsilon = plan_epsilon(self._plan, max(self._released.values()), coarse=not last)
         result = RoundResult(
             round=report.round,
             metrics=metrics,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import tomllib
 from pathlib import Path
 
@@ -77,3 +78,10 @@ def test_readme_names_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "make simulate" in readme
     assert "make test" in readme
+
+
+def test_flowers_delivery_loop_is_the_one_that_the_simulation_replaces() -> None:
+    vce_api = pytest.importorskip("flwr.server.superlink.fleet.vce.vce_api")
+    parameters = inspect.signature(vce_api.add_messages_to_queue).parameters
+    assert list(parameters) == ["state", "queue", "nodes_mapping", "f_stop"]
+    assert "target=add_messages_to_queue" in inspect.getsource(vce_api.run_api)
