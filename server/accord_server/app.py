@@ -104,8 +104,8 @@ class FlowerExchange:
             looked_s = time.monotonic() - start
             for answer in answers:
                 yield waiting.pop(answer.metadata.reply_to_message_id), _reply(answer)
-            if waiting:
-                self._pause(min(max(POLL_S, 4 * looked_s), LONGEST_POLL_S))  # a look at a thousand sites must not take the whole core
+            if waiting:  # a look at a thousand sites must not take a whole core
+                self._pause(min(max(POLL_S, 4 * looked_s), LONGEST_POLL_S))
         for node in waiting.values():
             yield node, Failure(f"no reply within {timeout_s:g} s")
 
