@@ -5,20 +5,48 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from typing import Literal
 
 from accord_client.data import Examples
+from accord_client.members import Members
 from accord_client.store import Releases, SiteStore
 from accord_client.trainer import Batches, train
 from accord_client.workspace import Workspace
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.dp.accounting import noise_multiplier, round_event, run_epsilon
 from accord_shared.dp.noise import SecureGenerator
-from accord_shared.errors import AccordError, BudgetExhausted, DataError, PlanError, PrivacyError, ProtocolError
-from accord_shared.messages import Enquiry, Joined, Message, Refusal, TrainReply, TrainRequest
+from accord_shared.errors import (
+    AccordError,
+    BudgetExhausted,
+    DataError,
+    PlanError,
+    PrivacyError,
+    ProtocolError,
+    RoundOpened,
+)
+from accord_shared.messages import (
+    Enquiry,
+    IntroduceRequest,
+    Joined,
+    MaskedUpload,
+    MaskRequest,
+    Message,
+    NeighbourRequest,
+    Opened,
+    OpenRequest,
+    Refusal,
+    SurvivorsRequest,
+    TrainReply,
+    TrainRequest,
+)
 from accord_shared.plan import Plan
+from accord_shared.quantize import encode
+from accord_shared.secagg.keys import RunTerms
 from accord_shared.vectors import Vector, check_finite, check_length
 
 log = logging.getLogger(__name__)
+SecureMode = Literal["malicious", "semi_honest", "off"]
+_STRENGTH: dict[str, int] = {"off": 0, "semi_honest": 1, "malicious": 2}
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -28,7 +56,9 @@ class Site:
     `workspace_of` gives the workspace of a plan and `examples_of` the records that the plan's task reads.
     `noise_multiplier_of` calibrates σ from the plan; a simulation, whose processes would each repeat the same
     search, hands in what it found (it is checked). A plan without noise is refused unless the operator
-    accepts it by `accept_without_privacy`. `generator` is for tests alone: neither plan nor command line reaches it.
+    accepts it by `accept_without_privacy`; so is one whose secure aggregation is less than
+    `least_secure_aggregation`. `members` holds the site's identity and the roster it accepted. `generator` is
+    for tests alone: neither plan nor command line reaches it.
     """
 
     def __init__(
@@ -39,6 +69,8 @@ class Site:
         workspace_of: Callable[[Plan], Workspace],
         examples_of: Callable[[Plan], Examples],
         noise_multiplier_of: Callable[[Plan], float] = noise_multiplier,
+        members: Members | None = None,
+        least_secure_aggregation: SecureMode = "malicious",
         accept_without_privacy: bool = False,
         generator: SecureGenerator | None = None,
     ) -> None:
@@ -47,6 +79,8 @@ class Site:
         self._workspace_of = workspace_of
         self._examples_of = examples_of
         self._noise_multiplier_of = noise_multiplier_of
+        self._members = members
+        self._least_secure_aggregation = least_secure_aggregation
         self._accept_without_privacy = accept_without_privacy
         self._generator = generator or SecureGenerator()
         self._plans: dict[str, Plan] = {}
@@ -59,6 +93,12 @@ class Site:
                 return self._join(message)
             if isinstance(message, TrainRequest):
                 return self._train(message)
+            if isinstance(message, MaskRequest):
+                return self._mask(message)
+            if isinstance(message, OpenRequest):
+                return self._open(message)
+            if isinstance(message, NeighbourRequest | IntroduceRequest | SurvivorsRequest):
+                return self._secured().answer(message)
             raise ProtocolError(f"a site has no answer to {type(message).__name__}")
         except AccordError as error:
             log.warning("%s refuses: %s: %s", self.name, type(error).__name__, error)
@@ -77,9 +117,38 @@ class Site:
             raise PlanError('privacy.noise = "none": this site does not train without privacy')
         if plan.privacy.noise in ("cohort", "participant"):
             raise PlanError(f'privacy.noise = "{plan.privacy.noise}" is not implemented at this site')
+        credential, bundle = self._join_secured(enquiry, plan)
         self._workspace_of(plan)  # a model that cannot be loaded is told now, and the first round need not wait for it
         self._store.keep_plan(plan.hash, plan.to_json())
-        return Joined(site=self.name, protocol=PROTOCOL_VERSION, plan_hash=plan.hash)
+        return Joined(self.name, PROTOCOL_VERSION, plan.hash, credential, bundle)
+
+    def _join_secured(self, enquiry: Enquiry, plan: Plan) -> tuple[bytes, bytes]:
+        """The keys of this site for the run; empty where the plan does without secure aggregation."""
+        mode = plan.secure_aggregation.mode
+        if _STRENGTH[mode] < _STRENGTH[self._least_secure_aggregation]:
+            raise PlanError(
+                f'secure_aggregation.mode = "{mode}": this site asks for "{self._least_secure_aggregation}"'
+            )
+        if mode == "off":
+            return b"", b""
+        roster = self._secured().roster
+        if enquiry.roster_hash != roster.hash:
+            raise ProtocolError(f"the run's roster is not the one that this site accepted ({roster.hash[:12]}…)")
+        if plan.cohort.minimum < roster.minimum or plan.cohort.colluders < roster.colluders:
+            raise PlanError(
+                f"the plan's cohort.minimum = {plan.cohort.minimum} and colluders = {plan.cohort.colluders} are "
+                f"weaker than the roster's {roster.minimum} and {roster.colluders}"
+            )
+        return self._secured().join(self._terms(plan, enquiry.run_id))
+
+    def _terms(self, plan: Plan, run_id: str) -> RunTerms:
+        dimension = self._workspace_of(plan).model.layout.dimension
+        return RunTerms.of(plan, run_id, self._secured().roster.hash, dimension, self._noise_multiplier_of(plan))
+
+    def _secured(self) -> Members:
+        if self._members is None:
+            raise PlanError("this site has no identity and roster for secure aggregation")
+        return self._members
 
     def _plan(self, plan_hash: str) -> Plan:
         if plan_hash not in self._plans:
@@ -93,22 +162,54 @@ class Site:
         return self._plans[plan_hash]
 
     def _train(self, request: TrainRequest) -> TrainReply:
+        plan = self._plan_of(request)
+        if plan.secure_aggregation.mode != "off":
+            raise ProtocolError("the plan has secure aggregation: no update leaves this site unmasked")
+        with self._store.exclusive():  # one at a time, over all processes: check, train and charge are one step
+            update = self._update(request, plan, self._store.releases(request.plan_hash))
+        return TrainReply(run_id=request.run_id, round=request.round, attempt=request.attempt, update=update)
+
+    def _mask(self, request: MaskRequest) -> MaskedUpload:
+        """Trip 1 of PROTOCOL.md, section 7: check, train, charge, and only then mask and answer."""
+        plan = self._plan_of(request)
+        if plan.secure_aggregation.mode == "off":
+            raise ProtocolError("the plan does without secure aggregation")
+        with self._store.exclusive():
+            spent = self._store.releases(request.plan_hash)
+            if request.round <= spent.opened_round:
+                raise RoundOpened(f"round {spent.opened_round} was opened")
+            if request.round == spent.last_round and not set(request.cohort) <= set(spent.last_cohort):
+                raise ProtocolError("R2: a further attempt asks sites that were not in the first")
+            self._secured().accept(request, request.model_hash)
+            update = self._update(request, plan, spent)
+            encoding = self._terms(plan, request.run_id).encoding
+            return self._secured().mask(request.run_id, encode(update, encoding, self._generator))
+
+    def _open(self, request: OpenRequest) -> Opened:
+        """Trip 3: durable before the first share leaves (R10)."""
+        with self._store.exclusive():
+            plan_hash = self._secured().check_opening(request)
+            self._store.note_opened(plan_hash, request.round)
+            return self._secured().open(request)
+
+    def _plan_of(self, request: TrainRequest | MaskRequest) -> Plan:
         _check_version(request.protocol)
         plan = self._plan(request.plan_hash)
         if not 1 <= request.round <= plan.run.rounds:
             raise ProtocolError(f"round {request.round} of a plan of {plan.run.rounds} rounds")
-        with self._store.exclusive():  # one at a time, over all processes: check, train and charge are one step
-            spent = self._store.releases(request.plan_hash)
-            if request.round <= spent.last_round:
-                return self._again(request, spent)
-            self._check_budget(plan, spent)
-            return self._release(request, plan)
+        return plan
 
-    def _again(self, request: TrainRequest, spent: Releases) -> TrainReply:
-        """Resend the finished update unchanged: the same bytes cost nothing more."""
-        if request.round != spent.last_round or request.model_hash != spent.last_model:
+    def _update(self, request: TrainRequest | MaskRequest, plan: Plan, spent: Releases) -> Vector:
+        """The finished update: trained and charged, or unchanged from disk, since the same bytes cost nothing more."""
+        if request.round > spent.last_round:
+            self._check_budget(plan, spent)
+            update = self._release(request, plan)
+        elif request.round != spent.last_round or request.model_hash != spent.last_model:
             raise ProtocolError(f"round {request.round} was released before, from other weights")
-        return _reply(request, self._store.last_update(spent))
+        else:
+            update = self._store.last_update(spent)
+        check_finite(update, "the update")  # after its charge: how often noise overflows tells of what it hides
+        return update
 
     def _check_budget(self, plan: Plan, spent: Releases) -> None:
         if spent.rounds >= plan.rounds_per_site:
@@ -116,7 +217,7 @@ class Site:
         if plan.privacy.noise != "none" and spent.steps + plan.local.steps_per_round > plan.steps:
             raise BudgetExhausted(f"{spent.steps} of the plan's {plan.steps} steps are spent")
 
-    def _release(self, request: TrainRequest, plan: Plan) -> TrainReply:
+    def _release(self, request: TrainRequest | MaskRequest, plan: Plan) -> Vector:
         workspace = self._workspace_of(plan)
         check_length(request.weights, workspace.model.layout.dimension)
         check_finite(request.weights, "the joint weights")
@@ -133,8 +234,9 @@ class Site:
             generator=self._generator,
             runtime=workspace.runtime,
         )
-        self._store.release(request.plan_hash, request.round, request.model_hash, result.update, event)
-        return _reply(request, result.update)
+        cohort = request.cohort if isinstance(request, MaskRequest) else ()
+        self._store.release(request.plan_hash, request.round, request.model_hash, result.update, event, cohort)
+        return result.update
 
     def _records(self, plan: Plan, workspace: Workspace) -> Batches:
         if plan.hash not in self._batches:
@@ -148,8 +250,3 @@ class Site:
 def _check_version(version: int) -> None:
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"the coordinator speaks protocol {version}, this site {PROTOCOL_VERSION}")
-
-
-def _reply(request: TrainRequest, update: Vector) -> TrainReply:
-    check_finite(update, "the update")  # after its charge: how often noise overflows tells of what it hides
-    return TrainReply(run_id=request.run_id, round=request.round, attempt=request.attempt, update=update)

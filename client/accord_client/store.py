@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class Releases:
     last_update: str = ""
     last_digest: str = ""
     """File name and SHA-256 of the update that was released last."""
+    last_cohort: tuple[str, ...] = ()
+    """Under secure aggregation: the cohort of the last round's first attempt."""
+    opened_round: int = 0
+    """The last round of which this site helped to open a sum."""
     events: tuple[Event, ...] = field(default_factory=tuple)
 
     def check(self) -> None:
@@ -47,6 +51,8 @@ class Releases:
             raise ValueError("no digest of a model or update")
         if not _UPDATE.fullmatch(self.last_update):
             raise ValueError("no name of an update")
+        if type(self.opened_round) is not int or not all(isinstance(name, str) for name in self.last_cohort):
+            raise ValueError("no cohort or opened round")
 
     @property
     def steps(self) -> int:
@@ -99,14 +105,20 @@ class SiteStore:
             if state.pop("plan_hash") != plan_hash:
                 raise PrivacyError(f"{path.name} belongs to another plan")
             events = tuple(event_from_json(event) for event in state.pop("events"))
-            releases = Releases(events=events, **state)
+            releases = Releases(events=events, last_cohort=tuple(state.pop("last_cohort")), **state)
             releases.check()
             return releases
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrivacyError(f"{path.name} is damaged, what was spent is unknown: {error}") from None
 
     def release(
-        self, plan_hash: str, round_number: int, model_hash: str, update: Vector, event: Event | None
+        self,
+        plan_hash: str,
+        round_number: int,
+        model_hash: str,
+        update: Vector,
+        event: Event | None,
+        cohort: tuple[str, ...] = (),
     ) -> Releases:
         """Store the finished update, then charge it; only after that may it be sent."""
         make_folder(self._folder)
@@ -123,19 +135,21 @@ class SiteStore:
             last_model=model_hash,
             last_update=name,
             last_digest=hashlib.sha256(data).hexdigest(),
+            last_cohort=cohort,
             events=merge([*before.events, *([event] if event else [])]),
         )
-        state = {
-            "plan_hash": plan_hash,
-            "rounds": after.rounds,
-            "last_round": after.last_round,
-            "last_model": after.last_model,
-            "last_update": after.last_update,
-            "last_digest": after.last_digest,
-            "events": [event.to_json() for event in after.events],
-        }
-        write_atomic(self._state(plan_hash), json.dumps(state).encode(), mode=0o600, durable=self._durable)
+        self._write(plan_hash, after)
         return after
+
+    def note_opened(self, plan_hash: str, round_number: int) -> None:
+        """Durably: this site helps to open a sum of the round, so it joins no other attempt of it."""
+        before = self.releases(plan_hash)
+        self._write(plan_hash, replace(before, opened_round=max(before.opened_round, round_number)))
+
+    def _write(self, plan_hash: str, releases: Releases) -> None:
+        state = {field.name: getattr(releases, field.name) for field in fields(releases)}
+        state |= {"plan_hash": plan_hash, "events": [event.to_json() for event in releases.events]}
+        write_atomic(self._state(plan_hash), json.dumps(state).encode(), mode=0o600, durable=self._durable)
 
     def last_update(self, releases: Releases) -> Vector:
         """The update that was released last, bit for bit.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from accord_server.exchange import Exchange, Failure
-from accord_shared.errors import AccordError, ProtocolError
+from accord_shared.errors import AccordError, BudgetExhausted, ProtocolError
 from accord_shared.messages import TrainReply, TrainRequest
 from accord_shared.vectors import check_finite, check_length
 from accord_shared.wire import payload_bytes
@@ -29,6 +29,11 @@ class Aggregate:
     failures: Mapping[str, str] = field(default_factory=dict)
     upload_bytes: int = 0
     download_bytes: int = 0
+    trips: int = 1
+    exhausted: frozenset[str] = frozenset()
+    """Sites that have released all that the plan grants them."""
+    forfeited: bool = False
+    """Sites helped to open a sum that did not open: they take part in no other attempt of the round."""
 
 
 class Aggregation(Protocol):
@@ -46,6 +51,9 @@ class PlainAggregation:
 
     trips = 1
 
+    def __init__(self) -> None:
+        self._exhausted: set[str] = set()
+
     def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
         """Sum what arrives, as it arrives; a malformed update counts as a failure of its site."""
         total = np.zeros(request.weights.shape[0], dtype=np.float64)
@@ -55,6 +63,8 @@ class PlainAggregation:
         for site, reply in exchange.send(dict.fromkeys(cohort, request)):
             if isinstance(reply, Failure):
                 failures[site] = reply.reason
+                if reply.kind == BudgetExhausted.__name__:
+                    self._exhausted.add(site)
                 continue
             uploaded += payload_bytes(reply)
             try:
@@ -69,6 +79,7 @@ class PlainAggregation:
             failures=failures,
             upload_bytes=uploaded,
             download_bytes=payload_bytes(request) * len(cohort),
+            exhausted=frozenset(self._exhausted),
         )
 
 

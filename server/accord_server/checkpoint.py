@@ -75,6 +75,26 @@ class CheckpointFolder:
             if old.name != name:
                 old.unlink(missing_ok=True)
 
+    def begin_attempt(self, round_number: int, attempt: int) -> None:
+        """Note durably that an attempt begins: sites answer no attempt twice, so none may be asked for again."""
+        make_folder(self._folder)
+        write_atomic(self._folder / "attempt.json", json.dumps([round_number, attempt]).encode())
+
+    def attempts(self, round_number: int) -> int:
+        """Attempts of a round that were begun, also before a crash.
+
+        Raises:
+            CheckpointError: the note is damaged.
+        """
+        path = self._folder / "attempt.json"
+        if not path.exists():
+            return 0
+        try:
+            noted, attempt = (int(value) for value in json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        return attempt if noted == round_number else 0
+
     def load(self, plan_hash: str) -> Checkpoint | None:
         """The last finished round, or None where no round has finished.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from accord_shared.errors import AccordError
-from accord_shared.messages import Message, Refusal
+from accord_shared.messages import Enquiry, Joined, Message, Refusal
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,13 @@ class Failure:
     """A site gave no usable reply: it refused, failed, or did not answer in time."""
 
     reason: str
+    kind: str = ""
+    """The refusal's type, where it was one."""
+
+    @staticmethod
+    def of(refusal: Refusal) -> Failure:
+        """The failure that a refusal is."""
+        return Failure(reason=f"{refusal.kind}: {refusal.reason}", kind=refusal.kind)
 
 
 Reply = Message | Failure
@@ -22,6 +29,11 @@ Reply = Message | Failure
 
 class Exchange(Protocol):
     """A transport to the sites of one run."""
+
+    enquiry: Enquiry
+    """What sites are asked to join."""
+    joined: dict[str, Joined]
+    """The newest answer of each site that joined the plan."""
 
     def sites(self) -> Sequence[str]:
         """Names of the sites that joined the plan."""
@@ -37,8 +49,23 @@ class Exchange(Protocol):
 class LocalExchange:
     """Sites in this process, asked one after another: for comparisons and tests."""
 
-    def __init__(self, handlers: Mapping[str, Callable[[Message], Message]]) -> None:
+    def __init__(self, handlers: Mapping[str, Callable[[Message], Message]], enquiry: Enquiry) -> None:
         self._handlers = dict(handlers)
+        self.enquiry = enquiry
+        self.joined: dict[str, Joined] = {}
+
+    def join(self) -> None:
+        """Ask every site to join.
+
+        Raises:
+            AccordError: the refusal of the first that does not.
+        """
+        for site, handler in self._handlers.items():
+            reply = handler(self.enquiry)
+            if isinstance(reply, Refusal):
+                raise reply.error()
+            if isinstance(reply, Joined):
+                self.joined[site] = reply
 
     def sites(self) -> Sequence[str]:
         """Names of the sites."""
@@ -51,4 +78,4 @@ class LocalExchange:
                 reply = self._handlers[site](request)
             except AccordError as error:
                 reply = Refusal.of(error)
-            yield site, Failure(f"{reply.kind}: {reply.reason}") if isinstance(reply, Refusal) else reply
+            yield site, Failure.of(reply) if isinstance(reply, Refusal) else reply

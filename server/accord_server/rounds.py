@@ -31,6 +31,8 @@ class RoundReport:
     cohort: int
     survivors: tuple[str, ...]
     aborted_attempts: int
+    trips: int
+    """Of all attempts together."""
     upload_bytes: int
     download_bytes: int
 
@@ -65,6 +67,7 @@ class Coordinator:
         self._aggregation = aggregation
         self._folder = checkpoints
         self._observer = observer
+        self._forfeits = 0
         self._state = (checkpoints.load(self._hash) if checkpoints else None) or Checkpoint(
             run_id=run_id,
             plan_hash=self._hash,
@@ -107,16 +110,24 @@ class Coordinator:
         """
         while self._state.round < self._plan.run.rounds:
             report = self._round(exchange, self._state.round + 1)
+            if report is None:
+                break
             if self._observer is not None:
                 self._observer(report, self.weights)
         return self.weights
 
-    def _round(self, exchange: Exchange, number: int) -> RoundReport:
-        aggregate, report = self._attempts(exchange, number)
-        mean = aggregate.total / len(aggregate.survivors)
-        with np.errstate(over="ignore", invalid="ignore"):  # the check below says it in a typed error
-            change, optimizer = step(self._plan.server, self._state.optimizer, mean)
-            weights = self._state.weights + change
+    def _round(self, exchange: Exchange, number: int) -> RoundReport | None:
+        """One round; None where too few sites have anything left to release: the run is at its end."""
+        outcome = self._attempts(exchange, number)
+        if outcome is None:
+            return None
+        aggregate, report = outcome
+        weights, optimizer = self._state.weights, self._state.optimizer
+        if aggregate.survivors:
+            mean = aggregate.total / len(aggregate.survivors)
+            with np.errstate(over="ignore", invalid="ignore"):  # the check below says it in a typed error
+                change, optimizer = step(self._plan.server, self._state.optimizer, mean)
+                weights = self._state.weights + change
         check_finite(weights, f"the joint model after round {number}")
         averages = number > self._plan.run.rounds * (1.0 - self._plan.server.average_last)
         self._state = replace(
@@ -132,11 +143,18 @@ class Coordinator:
             self._folder.save(self._state)
         return report
 
-    def _attempts(self, exchange: Exchange, number: int) -> tuple[Aggregate, RoundReport]:
-        """Try until enough sites finish; every attempt's bytes count."""
-        uploaded = downloaded = 0
+    def _attempts(self, exchange: Exchange, number: int) -> tuple[Aggregate, RoundReport] | None:
+        """Try until enough sites finish; every attempt's bytes count.
+
+        A round that was opened in vain is forfeited: it ends without survivors and the model stays, since sites
+        that helped to open it take part in no other attempt of it.
+        """
+        uploaded = downloaded = trips = 0
         allowed = 1 + self._plan.run.max_extra_attempts
-        for attempt in range(1, allowed + 1):
+        first = 1 + (self._folder.attempts(number) if self._folder is not None else 0)
+        for attempt in range(first, first + allowed):
+            if self._folder is not None:
+                self._folder.begin_attempt(number, attempt)
             cohort = choose_cohort(self._plan, exchange.sites(), number, attempt)
             request = TrainRequest(
                 protocol=PROTOCOL_VERSION,
@@ -149,22 +167,39 @@ class Coordinator:
             aggregate = self._aggregation.collect(request, cohort, exchange)
             uploaded += aggregate.upload_bytes
             downloaded += aggregate.download_bytes
+            trips += aggregate.trips
             for site, reason in aggregate.failures.items():
                 log.info("round %d attempt %d: %s: %s", number, attempt, site, reason)
-            if len(aggregate.survivors) >= self._plan.cohort.minimum:
+            if aggregate.forfeited or len(aggregate.survivors) >= self._plan.cohort.minimum:
+                self._count_forfeits(aggregate, number)
                 report = RoundReport(
                     round=number,
                     cohort=len(cohort),
                     survivors=aggregate.survivors,
-                    aborted_attempts=attempt - 1,
+                    aborted_attempts=attempt - first + aggregate.forfeited,
+                    trips=trips,
                     upload_bytes=uploaded,
                     download_bytes=downloaded,
                 )
                 return aggregate, report
+            if aggregate.exhausted and len(set(exchange.sites()) - aggregate.exhausted) < self._plan.cohort.minimum:
+                log.info("round %d: %d sites have released all they may", number, len(aggregate.exhausted))
+                return None
             if len(exchange.sites()) < self._plan.cohort.minimum:
                 break
         reasons = sorted(set(aggregate.failures.values()))[:2]
         raise RoundAborted(
             f"round {number}: {len(aggregate.survivors)} of {len(cohort)} sites finished in the last of "
-            f"{attempt} attempts, cohort.minimum is {self._plan.cohort.minimum} ({'; '.join(reasons)})"
+            f"{attempt - first + 1} attempts, cohort.minimum is {self._plan.cohort.minimum} ({'; '.join(reasons)})"
         )
+
+    def _count_forfeits(self, aggregate: Aggregate, number: int) -> None:
+        """Give up where round after round is opened in vain.
+
+        Raises:
+            RoundAborted: more rounds in a row than a round has attempts.
+        """
+        self._forfeits = self._forfeits + 1 if aggregate.forfeited else 0
+        if self._forfeits > 1 + self._plan.run.max_extra_attempts:
+            reasons = "; ".join(sorted(set(aggregate.failures.values()))[:2])
+            raise RoundAborted(f"round {number}: {self._forfeits} rounds in a row could not be opened ({reasons})")

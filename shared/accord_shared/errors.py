@@ -37,6 +37,14 @@ class CheckpointError(BadInput):
     """A checkpoint is damaged or belongs to another plan."""
 
 
+class RosterError(BadInput):
+    """A roster or a member's public entry is malformed, contradicts itself, or its signature does not verify."""
+
+
+class IdentityError(BadInput):
+    """A private key file cannot be read or written as asked; the message never tells what is in it."""
+
+
 class MissingExtra(BadInput):
     """A command needs an optional dependency that is not installed."""
 
@@ -63,6 +71,14 @@ class UnsupportedLayer(PrivacyError):
 
 class ProtocolError(Refused):
     """A message does not follow the protocol: wrong version, plan, round, shape or key."""
+
+
+class SessionLost(ProtocolError):
+    """This process has no secrets of the run (it restarted): the site has to join again."""
+
+
+class RoundOpened(ProtocolError):
+    """This site helped to open a sum of this round: a second one would tell more than a sum."""
 
 
 class NonFinite(Refused):
@@ -94,6 +110,8 @@ REFUSALS: dict[str, type[AccordError]] = {
         UnknownMechanism,
         UnsupportedLayer,
         ProtocolError,
+        SessionLost,
+        RoundOpened,
         NonFinite,
         DataError,
         ModelError,

@@ -1,7 +1,8 @@
 """One typed message per protocol step. `wire` alone knows how Flower carries them.
 
-A site never sends example counts, losses or metrics: only its name, a finished update, or the
-kind and one line of a refusal.
+A site never sends example counts, losses or metrics: only its name, keys, a finished update (masked, unless the
+plan says `secure_aggregation.mode = "off"`), or the kind and one line of a refusal. The fields of secure
+aggregation are specified in shared/PROTOCOL.md.
 """
 
 from __future__ import annotations
@@ -9,8 +10,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from accord_shared.errors import REFUSALS, REFUSALS_IN_WORDS, AccordError, ProtocolError
 from accord_shared.vectors import Vector
+
+Octets = npt.NDArray[np.uint8]
+"""A long byte string, which travels as an array."""
 
 
 @dataclass(frozen=True)
@@ -21,15 +28,19 @@ class Enquiry:
     run_id: str
     plan_json: str
     plan_hash: str
+    roster_hash: str
+    """Empty where the plan does without secure aggregation."""
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Node → coordinator: this site takes part in the plan."""
+    """Node → coordinator: this site takes part in the plan. Keys are empty without secure aggregation."""
 
     site: str
     protocol: int
     plan_hash: str
+    credential: bytes = b""
+    bundle: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,119 @@ class TrainReply:
 
 
 @dataclass(frozen=True)
+class NeighbourRequest:
+    """Coordinator → site, sparse graph only: choose your neighbours among these sites of the run."""
+
+    run_id: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Site → coordinator: ascending indices of the chosen ones."""
+
+    run_id: str
+    chosen: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class IntroduceRequest:
+    """Coordinator → site: agree on a post-quantum secret with each of these peers."""
+
+    run_id: str
+    names: tuple[str, ...]
+    credentials: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Introduced:
+    """Site → coordinator: one introduction for each peer."""
+
+    run_id: str
+    introductions: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class MaskRequest:
+    """Coordinator → site, trip 1: train from these weights [dimension] and upload masked for this cohort."""
+
+    protocol: int
+    run_id: str
+    plan_hash: str
+    roster_hash: str
+    round: int
+    attempt: int
+    cohort: tuple[str, ...]
+    bundles: tuple[bytes, ...]
+    peers: tuple[str, ...]
+    """Peers that are new to the receiver, with their `credentials` and `introductions`."""
+    credentials: tuple[bytes, ...]
+    introductions: tuple[bytes, ...]
+    weights: Vector
+
+    @property
+    def model_hash(self) -> str:
+        """SHA-256 of the weights' bytes, hexadecimal."""
+        return hashlib.sha256(self.weights.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class MaskedUpload:
+    """Site → coordinator, trip 1: the masked update, packed, and sealed shares of what masks it."""
+
+    run_id: str
+    round: int
+    attempt: int
+    payload: Octets
+    sealed: tuple[bytes, ...]
+    next_bundle: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class SurvivorsRequest:
+    """Coordinator → site, trip 2: is this the set whose sum is opened? Ascending cohort indices."""
+
+    run_id: str
+    round: int
+    attempt: int
+    survivors: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SurvivorsSigned:
+    """Site → coordinator, trip 2: its one signature for the attempt."""
+
+    run_id: str
+    round: int
+    attempt: int
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class OpenRequest:
+    """Coordinator → site, trip 3: the certified set, and the shares sealed for the receiver."""
+
+    run_id: str
+    round: int
+    attempt: int
+    survivors: tuple[int, ...]
+    signers: tuple[int, ...]
+    signatures: tuple[bytes, ...]
+    sealed: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Site → coordinator, trip 3: per survivor whose holder it is, one kind of share of each secret."""
+
+    run_id: str
+    round: int
+    attempt: int
+    shares: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
 class Refusal:
     """Site → coordinator: no, by the name of a typed error and one line without private data."""
 
@@ -82,4 +206,20 @@ class Refusal:
         return REFUSALS.get(self.kind, ProtocolError)(self.reason)
 
 
-Message = Enquiry | Joined | TrainRequest | TrainReply | Refusal
+Message = (
+    Enquiry
+    | Joined
+    | TrainRequest
+    | TrainReply
+    | NeighbourRequest
+    | Neighbours
+    | IntroduceRequest
+    | Introduced
+    | MaskRequest
+    | MaskedUpload
+    | SurvivorsRequest
+    | SurvivorsSigned
+    | OpenRequest
+    | Opened
+    | Refusal
+)

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from accord_shared.canonical import canonical_bytes, canonical_hash
 from accord_shared.errors import PlanError
+from accord_shared.secagg.graph import sparse_thresholds
+from accord_shared.secagg.thresholds import COMPLETE_MAX, SMALL_MAX, signatures, thresholds
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -183,7 +185,11 @@ class CohortSpec(Table):
 class SecureAggregationSpec(Table):
     """Whether the coordinator may see single updates."""
 
-    mode: Literal["malicious", "semi_honest", "off"] = "off"
+    mode: Literal["malicious", "semi_honest", "off"] = "malicious"
+    bits: int = Field(default=24, ge=8, le=62)
+    """Width of the modulus: bytes up are `bits` / 8 a parameter."""
+    bound: Positive | None = None
+    """Largest magnitude of a coordinate of one site's update (None: from the plan's other constants)."""
 
 
 class EvaluationSpec(Table):
@@ -213,6 +219,18 @@ class Plan(Table):
     secure_aggregation: SecureAggregationSpec = SecureAggregationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _minimum_follows_from_size(cls, values: Any) -> Any:
+        """Without `cohort.minimum`: what the secure sum needs, and two thirds of the cohort."""
+        cohort = values.get("cohort") if isinstance(values, dict) else None
+        if not isinstance(cohort, dict) or "minimum" in cohort or not isinstance(cohort.get("size"), int):
+            return values
+        secure = values.get("secure_aggregation")
+        if isinstance(secure, dict) and secure.get("mode") == "off":
+            return values
+        return {**values, "cohort": {**cohort, "minimum": default_minimum(cohort["size"], cohort.get("colluders", 0))}}
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         noise, shared_noise = self.privacy.noise, self.privacy.noise in ("cohort", "participant")
@@ -223,6 +241,7 @@ class Plan(Table):
             )
         if shared_noise and self.secure_aggregation.mode == "off":
             raise ValueError(f'privacy.noise = "{noise}" needs secure_aggregation.mode other than "off"')
+        self._check_thresholds()
         if noise != "none" and self.local.clip_norm is None:
             raise ValueError(f'local.clip_norm is missing: privacy.noise = "{noise}" needs it')
         if self.run.rounds_per_site is not None and self.run.rounds_per_site > self.run.rounds:
@@ -235,6 +254,18 @@ class Plan(Table):
                 "such a guarantee allows releasing a whole record"
             )
         return self
+
+    def _check_thresholds(self) -> None:
+        """A cohort that answers in full can be summed securely; PROTOCOL.md, section 4."""
+        mode, cohort = self.secure_aggregation.mode, self.cohort
+        if mode == "off":
+            return
+        if cohort.size == 2 and self.privacy.noise != "site":
+            raise ValueError('cohort.size = 2 needs privacy.noise = "site": each site can subtract its own part')
+        if cohort.size > COMPLETE_MAX:
+            sparse_thresholds(cohort.size, cohort.minimum, cohort.colluders)
+        else:
+            thresholds(cohort.size, cohort.minimum, cohort.colluders, mode)
 
     @property
     def rounds_per_site(self) -> int:
@@ -282,6 +313,13 @@ class Plan(Table):
             return Plan.model_validate_json(text)
         except ValidationError as error:
             raise PlanError(first_problem(error)) from None
+
+
+def default_minimum(size: int, colluders: int) -> int:
+    """Least survivors where a plan names none: what the secure sum needs, and more than two thirds of the cohort."""
+    if size <= SMALL_MAX:
+        return max(1, size)
+    return min(size, max(signatures(size, colluders), (size + colluders) // 2 + 1))
 
 
 def apply_changes(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

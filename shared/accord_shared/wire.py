@@ -1,42 +1,45 @@
 """The only codec between typed messages and Flower's `RecordDict`.
 
-Scalars travel in one `ConfigRecord`, vectors in one `ArrayRecord` as raw little-endian float32.
-Unknown, missing or mistyped fields are refused: a peer can put nothing else on the wire.
+Scalars and lists travel in one `ConfigRecord`; vectors in one `ArrayRecord`, as raw little-endian float32 or, long
+byte strings, uint8. Unknown, missing or mistyped fields are refused: a peer can put nothing else on the wire.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from accord_shared.errors import ProtocolError
-from accord_shared.messages import Enquiry, Joined, Message, Refusal, TrainReply, TrainRequest
-from accord_shared.vectors import Vector
+from accord_shared.messages import Message
 
-_FIELDS, _VECTORS, _STYPE = "accord.fields", "accord.vectors", "accord.float32"
-_KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Enquiry, Joined, TrainRequest, TrainReply, Refusal)
-}
-_SCALARS: dict[str, type] = {"int": int, "str": str}
+_FIELDS, _VECTORS = "accord.fields", "accord.vectors"
+_KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
+_SCALARS: dict[str, type] = {"int": int, "str": str, "bytes": bytes}
+_LISTS: dict[str, type] = {"tuple[int, ...]": int, "tuple[str, ...]": str, "tuple[bytes, ...]": bytes}
+_ARRAYS = {"Vector": ("float32", "<f4", "accord.float32"), "Octets": ("uint8", "u1", "accord.uint8")}
 _KIND = "message"  # no message has a field of this name
-_LONGEST = {"plan_json": 4 << 20, "reason": 300}
-_LONGEST_OTHER, _LARGEST = 128, 2**53
+_KEYS = dict.fromkeys(("credential", "credentials", "introductions"), 1 << 13)
+_LONGEST = {"plan_json": 4 << 20, "reason": 300, "sealed": 1 << 20, "shares": 1 << 20, **_KEYS}
+_LONGEST_OTHER, _LONGEST_LIST, _LARGEST = 128, 100_000, 2**53
 
 
-def _array(vector: Vector) -> Array:
-    data = np.ascontiguousarray(vector, dtype="<f4")
-    return Array(dtype="float32", shape=data.shape, stype=_STYPE, data=data.tobytes())
+def _array(values: npt.NDArray[Any], kind: str) -> Array:
+    name, form, stype = _ARRAYS[kind]
+    data = np.ascontiguousarray(values, dtype=form)
+    return Array(dtype=name, shape=data.shape, stype=stype, data=data.tobytes())
 
 
-def _vector(array: Array) -> Vector:
-    if array.dtype != "float32" or array.stype != _STYPE or len(array.shape) != 1:
-        raise ProtocolError(f"array of {array.dtype} {array.shape} as {array.stype}: expected float32 [n]")
-    if len(array.data) != 4 * array.shape[0]:
+def _values(array: object, kind: str) -> npt.NDArray[Any]:
+    name, form, stype = _ARRAYS[kind]
+    if not isinstance(array, Array) or array.dtype != name or array.stype != stype or len(array.shape) != 1:
+        raise ProtocolError(f"an array is not {name} [n]")
+    if len(array.data) != np.dtype(form).itemsize * array.shape[0]:
         raise ProtocolError(f"array of shape {array.shape} has {len(array.data)} bytes")
-    return np.frombuffer(array.data, dtype="<f4").astype(np.float32, copy=False)
+    return np.frombuffer(array.data, dtype=form).astype(name, copy=False)
 
 
 def encode(message: Message) -> RecordDict:
@@ -46,9 +49,9 @@ def encode(message: Message) -> RecordDict:
     for field in fields(message):
         value = getattr(message, field.name)
         if isinstance(value, np.ndarray):
-            arrays[field.name] = _array(value)
+            arrays[field.name] = _array(value, str(field.type))
         else:
-            scalars[field.name] = value
+            scalars[field.name] = list(value) if isinstance(value, tuple) else value
     content = RecordDict({_FIELDS: ConfigRecord(scalars)})
     if arrays:
         content[_VECTORS] = ArrayRecord(arrays)
@@ -69,31 +72,46 @@ def decode(content: RecordDict) -> Message:
         raise ProtocolError("not an Accord message")
     values: dict[str, Any] = {}
     for field in fields(kind):
-        expected = _SCALARS.get(str(field.type))
-        source: dict[str, Any] = arrays if expected is None else scalars
+        source: dict[str, Any] = arrays if str(field.type) in _ARRAYS else scalars
         if field.name not in source:
             raise ProtocolError(f"{kind.__name__}.{field.name} is missing")
-        value = source.pop(field.name)
-        values[field.name] = _vector(value) if expected is None else value
-        if expected is not None and type(value) is not expected:
-            raise ProtocolError(f"{kind.__name__}.{field.name} is not {expected.__name__}")
-        if expected is not None and not _within_bounds(field.name, value):
-            raise ProtocolError(f"{kind.__name__}.{field.name} is too large")
+        values[field.name] = _field(kind, field.name, str(field.type), source.pop(field.name))
     if scalars or arrays or (_VECTORS in content) != any(isinstance(value, np.ndarray) for value in values.values()):
         raise ProtocolError(f"{kind.__name__} has unknown fields: {sorted([*scalars, *arrays])[:3]}")
     return kind(**values)
 
 
-def _within_bounds(name: str, value: int | str) -> bool:
-    if isinstance(value, str):
+def _field(kind: type[Message], name: str, form: str, value: object) -> object:
+    """The checked value of one field."""
+    if form in _ARRAYS:
+        return _values(value, form)
+    if form in _LISTS:
+        if not isinstance(value, list) or any(type(item) is not _LISTS[form] for item in value):
+            raise ProtocolError(f"{kind.__name__}.{name} is not {form}")
+        if len(value) > _LONGEST_LIST or not all(_within_bounds(name, item) for item in value):
+            raise ProtocolError(f"{kind.__name__}.{name} is too large")
+        return tuple(value)
+    if type(value) is not _SCALARS[form]:
+        raise ProtocolError(f"{kind.__name__}.{name} is not {form}")
+    if not _within_bounds(name, value):
+        raise ProtocolError(f"{kind.__name__}.{name} is too large")
+    return value
+
+
+def _within_bounds(name: str, value: object) -> bool:
+    if isinstance(value, str | bytes):
         return len(value) <= _LONGEST.get(name, _LONGEST_OTHER)
-    return 0 <= value <= _LARGEST
+    return isinstance(value, int) and 0 <= value <= _LARGEST
 
 
 def payload_bytes(message: Message) -> int:
     """Bytes of a message's fields as they travel, without Flower's own envelope."""
-    total = 0
-    for field in fields(message):
-        value = getattr(message, field.name)
-        total += value.nbytes if isinstance(value, np.ndarray) else len(str(value).encode())
-    return total
+    return sum(_size(getattr(message, field.name)) for field in fields(message))
+
+
+def _size(value: object) -> int:
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, tuple):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, bytes) else len(str(value).encode())

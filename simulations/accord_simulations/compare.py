@@ -47,7 +47,7 @@ def parse_comparisons(text: str | None) -> tuple[str, ...]:
 def comparison_plan(prepared: Prepared, changes: Mapping[str, Any], name: str) -> Plan:
     """The plan of a comparison: the federation's, with the scenario's `[compare.NAME]` and what the name means."""
     resolved = prepared.resolved
-    forced: dict[str, Any] = {"model.digest": resolved.plan.model.digest}
+    forced: dict[str, Any] = {"model.digest": resolved.plan.model.digest, "secure_aggregation.mode": "off"}
     if name in ("alone", "central", "central_nonprivate"):
         forced |= {"cohort.size": 1, "cohort.minimum": 1}
     if name in ("central", "central_nonprivate"):
@@ -79,10 +79,9 @@ class Federation:
             self.work.put_records(index, name, examples)
             handlers[name] = self._stoppable(make_site(self.work, index).handle)
         coordinator = Coordinator(self.plan, "local", initial, aggregation=PlainAggregation(), observer=observer)
-        enquiry = Enquiry(PROTOCOL_VERSION, "local", self.plan.to_json(), self.plan.hash)
-        for handler in handlers.values():
-            handler(enquiry)
-        return coordinator.run(LocalExchange(handlers))
+        exchange = LocalExchange(handlers, Enquiry(PROTOCOL_VERSION, "local", self.plan.to_json(), self.plan.hash, ""))
+        exchange.join()
+        return coordinator.run(exchange)
 
     def _stoppable(self, handler: Callable[[Message], Message]) -> Callable[[Message], Message]:
         def handle(message: Message) -> Message:

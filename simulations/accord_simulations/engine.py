@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -21,9 +21,18 @@ from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
 from accord_simulations.participants import ParticipantHandler, WorkFolder
 from accord_simulations.scenario import Resources
+from accord_simulations.vault import SimulatedRoster, vaults
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Ray's shared memory: messages in flight are all that goes through it."""
+
+
+@dataclass(frozen=True)
+class Secured:
+    """Who takes part in secure aggregation: the roster, and the participants' names in their order."""
+
+    roster: SimulatedRoster
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Engine:
         coordinator: Coordinator,
         work: WorkFolder,
         *,
+        secured: Secured | None,
         stopping: Callable[[], bool],
         on_joined: Callable[[Sequence[str]], None] = lambda _: None,
     ) -> Vector:
@@ -57,15 +67,20 @@ class Engine:
         from accord_client.app import client_app  # noqa: PLC0415
 
         finished: list[Vector] = []
+        roster_hash = ""
+        vault: AbstractContextManager[None] = nullcontext()
+        if work.vault is not None and secured is not None:
+            roster_hash, vault = secured.roster.signed.roster.hash, vaults(work.vault, secured.roster, secured.names)
         app = server_app(
             plan,
             coordinator,
+            roster_hash=roster_hash,
             timing=Timing(trip_timeout_s=self.resources.round_timeout_s),
             stopping=stopping,
             on_joined=on_joined,
             on_finished=finished.append,
         )
-        with _flower_log(self.log_file), self._ray(), _prompt_delivery():
+        with _flower_log(self.log_file), self._ray(), vault, _prompt_delivery():
             try:
                 run_simulation(
                     server_app=app,

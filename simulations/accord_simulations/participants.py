@@ -26,6 +26,7 @@ from accord_shared.files import make_folder, write_atomic
 from accord_shared.messages import Message
 from accord_shared.plan import Plan
 from accord_simulations.faults import Faults, FaultSpec
+from accord_simulations.vault import VaultAddress, VaultMembers
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class WorkFolder:
     noise_multiplier: float
     """σ of the plan, calibrated once by the harness for all its processes."""
     durable: bool = True
+    vault: VaultAddress | None = None
+    """Where the participants keep the secrets of secure aggregation; none where the plan does without."""
+    trips: int = 1
+    """Trips of a round."""
 
     def store(self, index: int) -> SiteStore:
         """The durable state of participant `index` (from 0)."""
@@ -102,6 +107,8 @@ def make_site(work: WorkFolder, index: int) -> Site:
         workspace_of=lambda plan: _workspace(plan.to_json(), work.cache, work.runtime),
         examples_of=lambda _: examples,
         noise_multiplier_of=lambda _: work.noise_multiplier,
+        members=VaultMembers(work.vault, index) if work.vault is not None else None,
+        least_secure_aggregation="off",
         accept_without_privacy=True,  # simulated participants have nothing to lose
     )
 
@@ -127,7 +134,7 @@ class ParticipantCall:
     def __call__(self, message: Message) -> Message:
         """Answer `message`, or fail as the scenario wants."""
         site = make_site(self.work, self.index)
-        faults = Faults(self.work.faults, self.work.seed, self.index, self.work.participants)
+        faults = Faults(self.work.faults, self.work.seed, self.index, self.work.participants, self.work.trips)
         start = time.time()
         try:
             return faults.handle(site.handle, message)

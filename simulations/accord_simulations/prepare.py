@@ -17,7 +17,7 @@ from accord_client.workspace import Workspace
 from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.errors import DataError
 from accord_shared.plan import Plan
-from accord_simulations.faults import FaultSpec
+from accord_simulations.faults import TRIPS, FaultSpec
 from accord_simulations.participants import WorkFolder
 from accord_simulations.population import Population, build
 from accord_simulations.scenario import Resolved, Resources, Scenario, resolve
@@ -103,6 +103,8 @@ class Prepared:
             faults=FaultSpec(),
             noise_multiplier=noise_multiplier(plan),
             durable=False,
+            vault=None,
+            trips=1,
         )
 
 
@@ -120,6 +122,7 @@ def prepare(resolved: Resolved, folder: Path, cache: Path | None, on_embedded: P
         seed=plan.run.seed,
         runtime=runtime,
         faults=scenario.faults,
+        trips=TRIPS[plan.secure_aggregation.mode],
         noise_multiplier=noise_multiplier(plan),
     )
     workspace = Workspace(plan, FeatureCache(work.cache), runtime)

@@ -27,6 +27,7 @@ class RoundResult:
     download_bytes: int
     stage_s: dict[str, float]
     aborted_attempts: int = 0
+    trips: int = 1
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +17,16 @@ import torch
 
 from accord_client.export import export_model
 from accord_client.tasks.classification import score
-from accord_server.aggregation import PlainAggregation
+from accord_server.aggregation import Aggregation, PlainAggregation
 from accord_server.checkpoint import CheckpointFolder
 from accord_server.rounds import Coordinator, RoundReport
+from accord_server.secagg import SecureAggregation
 from accord_shared.dp.accounting import epsilon, noise_multiplier, plan_epsilon
 from accord_shared.files import make_folder, write_atomic
 from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
 from accord_simulations.compare import compare
-from accord_simulations.engine import Engine
+from accord_simulations.engine import Engine, Secured
 from accord_simulations.output import OutputFolder, claim
 from accord_simulations.prepare import Prepared, prepare, resolve_scenario
 from accord_simulations.progress import Progress
@@ -32,6 +34,7 @@ from accord_simulations.resources import PeakMemory, versions
 from accord_simulations.results import Comparison, ParticipantResult, RoundResult, SimulationResult
 from accord_simulations.scenario import Resolved, Scenario
 from accord_simulations.scoring import Scorer
+from accord_simulations.vault import SimulatedRoster, make_address
 
 T = TypeVar("T")
 
@@ -129,11 +132,12 @@ class _Simulation:
         checkpoints = CheckpointFolder(self._folder.checkpoint)
         scorer = Scorer(prepared.workspace, prepared.held_out)
         watcher = _RoundWatcher(prepared, scorer, self._rounds, self._progress)
+        prepared, secured, aggregation = _secure(prepared)
         coordinator = Coordinator(
             plan,
             secrets.token_hex(8),
             prepared.workspace.initial(),
-            aggregation=PlainAggregation(),
+            aggregation=aggregation,
             checkpoints=checkpoints,
             observer=watcher.observe,
         )
@@ -143,7 +147,12 @@ class _Simulation:
             return coordinator.weights
         engine = Engine(self._resolved.scenario.resources, self._options.ray_address, self._folder.path / "run.log")
         return engine.run(
-            plan, coordinator, prepared.work, stopping=self._stopping, on_joined=lambda _: watcher.start()
+            plan,
+            coordinator,
+            prepared.work,
+            secured=secured,
+            stopping=self._stopping,
+            on_joined=lambda _: watcher.start(),
         )
 
     def _compare(self, prepared: Prepared) -> tuple[Comparison, ...]:
@@ -222,7 +231,7 @@ class _Simulation:
             epsilon_target=plan.privacy.epsilon,
             delta=plan.privacy.delta,
             noise_multiplier=noise_multiplier(plan),
-            trips_per_round=PlainAggregation.trips,
+            trips_per_round=statistics.mode(item.trips for item in rounds),
             upload_bytes_per_site_round=last.upload_bytes // max(1, last.survivors),
             download_bytes_per_site_round=last.download_bytes // max(1, last.cohort * (1 + last.aborted_attempts)),
             aborted_attempts=sum(item.aborted_attempts for item in rounds),
@@ -258,6 +267,19 @@ class _RoundLog:
         self.ends = (*self.ends, (start, end))
         with self._path.open("a") as file:
             file.write(json.dumps({"result": asdict(result), "start": start, "end": end}) + "\n")
+
+
+def _secure(prepared: Prepared) -> tuple[Prepared, Secured | None, Aggregation]:
+    """What sums the updates; under secure aggregation with a roster made on the fly and vaults for its secrets."""
+    plan = prepared.plan
+    if plan.secure_aggregation.mode == "off":
+        return prepared, None, PlainAggregation()
+    names = tuple(participant.name for participant in prepared.population.participants)
+    roster = SimulatedRoster.make(plan, names)
+    dimension = prepared.workspace.model.layout.dimension
+    work = replace(prepared.work, vault=make_address(prepared.work.root / "vault"))
+    aggregation = SecureAggregation(plan, roster.signed.roster, dimension, work.noise_multiplier)
+    return replace(prepared, work=work), Secured(roster, names), aggregation
 
 
 class _RoundWatcher:
@@ -299,6 +321,7 @@ class _RoundWatcher:
             download_bytes=report.download_bytes,
             stage_s={"round": trained - self._since, "score": scored - trained, "account": time.time() - scored},
             aborted_attempts=report.aborted_attempts,
+            trips=report.trips,
         )
         self._log.add(result, self._since, trained)
         self._progress.round(result, self._plan.run.rounds)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.errors import PlanError
 from accord_shared.plan import Plan, apply_changes, first_problem, make_plan, read_toml
-from accord_simulations.faults import FaultSpec
+from accord_simulations.faults import TRIPS, FaultSpec
 from accord_simulations.population import DataSpec, Population, PopulationSpec
 
 COMPARISONS = ("alone", "nonprivate", "central", "central_nonprivate")
@@ -158,9 +158,7 @@ def split_changes(name: str, changes: Mapping[str, Any]) -> tuple[Scenario, dict
 def _refuse_future(changes: Mapping[str, Any]) -> None:
     noise = changes.get("privacy.noise")
     if noise in ("cohort", "participant"):
-        raise PlanError(f'noise "{noise}" needs secure aggregation, which is not in this version yet')
-    if changes.get("secure_aggregation.mode", "off") != "off":
-        raise PlanError("secure aggregation is not in this version yet: use --secure-aggregation off")
+        raise PlanError(f'noise "{noise}" is not in this version yet')
 
 
 @dataclass(frozen=True)
@@ -192,8 +190,10 @@ def resolve(
         "task.label_texts": list(population.label_texts),
         "local.expected_records": max(1, round(len(population.train) / participants)),
         "cohort.size": participants,
-        "cohort.minimum": max(1, math.ceil(participants / 2) - dropping),
     }
+    mode = changes.get("secure_aggregation.mode") or scenario.plan.get("secure_aggregation", {}).get("mode")
+    if mode == "off":
+        facts["cohort.minimum"] = max(1, math.ceil(participants / 2) - dropping)
     if model_digest is not None:
         facts["model.digest"] = model_digest
     given = _flat(scenario.plan)
@@ -221,10 +221,12 @@ def resolve(
 def _with_makeup_rounds(table: dict[str, Any], scenario: Scenario, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Where participants are expected to drop out, enough rounds that each can still release the planned number.
 
+    Of those that are lost at any trip alike only the ones lost at the first have released nothing.
     A site stops once it has released `run.rounds_per_site` rounds, so no site spends more. An explicit number
     of rounds stands as it is.
     """
-    kept = 1.0 - scenario.faults.dropout
+    mode = table.get("secure_aggregation", {}).get("mode", "malicious")
+    kept = 1.0 - scenario.faults.dropout / (TRIPS[mode] if scenario.faults.dropout_at == "any" else 1)
     run = table.get("run", {})
     if kept == 1.0 or "run.rounds" in changes or "rounds_per_site" in run or not isinstance(run.get("rounds"), int):
         return table

@@ -133,5 +133,5 @@ def _cost(result: SimulationResult) -> str:
     if result.peak_rss_bytes:
         text += f" and {num.size(result.peak_rss_bytes)} of memory"
     if result.aborted_attempts:
-        text += f", with {num.plural(result.aborted_attempts, 'aborted attempt')} charged to the budget"
+        text += f", with {num.plural(result.aborted_attempts, 'aborted attempt')}"
     return text + "."

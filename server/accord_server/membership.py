@@ -1,0 +1,142 @@
+"""Who can take part in secure aggregation: sessions, introductions, and what each site still has to be told.
+
+PROTOCOL.md, section 6. A new session (a joiner, a site that restarted) is introduced beside the trips of others; only
+where too few sites are ready does a round wait for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from accord_shared.errors import ProtocolError
+from accord_shared.messages import Enquiry, Introduced, IntroduceRequest, Joined, Message, NeighbourRequest, Neighbours
+from accord_shared.roster import Roster
+from accord_shared.secagg.keys import Bundle, Credential, RunTerms
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """A site's present session, as the coordinator knows it."""
+
+    id: bytes
+    credential: bytes
+    bundle: bytes
+    """The newest that arrived."""
+    known: dict[str, bytes] = field(default_factory=dict)
+    """Sessions of the peers that this site was introduced to."""
+    waiting: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
+    """Credential and introduction of peers that it is told of with its next request."""
+    chosen: frozenset[str] | None = None
+    """Sparse graph: the neighbours that it chose."""
+    ready: bool = False
+    """Whether it has introduced itself to everybody who was there before."""
+
+    def is_partner(self, name: str, session: bytes) -> bool:
+        """Whether this site shares a secret with that session, once it has read what waits for it."""
+        if name in self.waiting:
+            return Credential.session_of(self.waiting[name][0]) == session
+        return self.known.get(name) == session
+
+
+class Membership:
+    """The sessions of one run."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+        self._sessions: dict[str, Session] = {}
+        self._lost: set[str] = set()
+        self._refused: dict[str, bytes] = {}
+        self.run_names: tuple[str, ...] = ()
+        """Sparse graph: the sites among which neighbours are chosen, fixed by the first choice."""
+
+    def __getitem__(self, name: str) -> Session:
+        return self._sessions[name]
+
+    def ready(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of `names` that can take part now, ascending."""
+        return tuple(sorted(name for name in names if name in self._sessions and self._sessions[name].ready))
+
+    def lose(self, name: str) -> None:
+        """A site says that it has no secrets of the run any more: it is asked to join again."""
+        self._sessions.pop(name, None)
+        self._lost.add(name)
+
+    def requests(self, terms: RunTerms, joined: Mapping[str, Joined], enquiry: Enquiry) -> dict[str, Message]:
+        """What brings the sites that are not ready one trip further."""
+        for name, reply in joined.items():
+            self._enter(terms, name, reply)
+        fresh = sorted(name for name, session in self._sessions.items() if not session.ready)
+        wanted: dict[str, Message] = dict.fromkeys(sorted(self._lost), enquiry)
+        if terms.sparse and fresh:
+            self.run_names = self.run_names or tuple(sorted(self._sessions))
+            choosing = [name for name in fresh if self._sessions[name].chosen is None and name in self.run_names]
+            wanted |= dict.fromkeys(choosing, NeighbourRequest(run_id=terms.run_id, names=self.run_names))
+            fresh = [name for name in fresh if self._sessions[name].chosen is not None]
+        for name in fresh:
+            peers = self._to_introduce(name)
+            self._sessions[name].ready = not peers
+            if peers:
+                credentials = tuple(self._sessions[peer].credential for peer in peers)
+                wanted[name] = IntroduceRequest(run_id=terms.run_id, names=peers, credentials=credentials)
+        return wanted
+
+    def hear(self, name: str, request: Message, reply: Message) -> None:
+        """Take in the answer to one of `requests`."""
+        session = self._sessions.get(name)
+        if isinstance(reply, Joined):
+            self._lost.discard(name)  # the exchange keeps the answer; `requests` takes it from there
+        elif session is None:
+            return
+        elif isinstance(reply, Neighbours) and all(index < len(self.run_names) for index in reply.chosen):
+            session.chosen = frozenset(self.run_names[index] for index in reply.chosen)
+        elif isinstance(reply, Introduced) and isinstance(request, IntroduceRequest):
+            self._introduce(name, request, reply)
+
+    def _enter(self, terms: RunTerms, name: str, joined: Joined) -> None:
+        """Take in a new session, after its signatures; one that does not verify is asked no further."""
+        session = self._sessions.get(name)
+        current = session.credential if session is not None else self._refused.get(name)
+        if current == joined.credential or name in self._lost:
+            return
+        try:
+            member = self._roster.member(name)
+            credential = Credential.read(joined.credential, terms, member)
+            if Bundle.read(joined.bundle, terms, member).session != credential.session:
+                raise ProtocolError("credential and bundle are of two sessions")
+        except ProtocolError as error:
+            log.warning("%s is not taken in: %s", name, error)
+            self._refused[name] = joined.credential
+            return
+        self._sessions[name] = Session(id=credential.session, credential=joined.credential, bundle=joined.bundle)
+
+    def _to_introduce(self, name: str) -> tuple[str, ...]:
+        """Peers that `name` encapsulates to: whoever is ready, and of those that are as new the lesser names."""
+        return tuple(
+            peer
+            for peer, session in sorted(self._sessions.items())
+            if peer != name and (session.ready or peer < name) and self._are_neighbours(name, peer)
+        )
+
+    def _are_neighbours(self, name: str, peer: str) -> bool:
+        """In a complete graph all are; in a sparse one a peer that has not chosen yet introduces itself later."""
+        own, other = self._sessions[name].chosen, self._sessions[peer].chosen
+        if not self.run_names:
+            return True
+        return other is not None and (peer in (own or ()) or name in other)
+
+    def _introduce(self, name: str, request: IntroduceRequest, reply: Introduced) -> None:
+        if len(reply.introductions) != len(request.names):
+            return
+        own = self._sessions[name]
+        for peer, credential, introduction in zip(request.names, request.credentials, reply.introductions, strict=True):
+            other = self._sessions.get(peer)
+            if other is None or other.credential != credential:
+                return  # it joined again meanwhile: `name` is asked once more
+            own.known[peer] = other.id
+            own.waiting.pop(peer, None)
+            other.waiting[name] = (own.credential, introduction)
+        own.ready = True

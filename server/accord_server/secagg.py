@@ -1,0 +1,239 @@
+"""Secure aggregation in trips: a round's sum that opens as a whole or not at all (PROTOCOL.md, section 7)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from accord_server.aggregation import Aggregate
+from accord_server.exchange import Exchange, Failure
+from accord_server.membership import Membership
+from accord_shared import PROTOCOL_VERSION
+from accord_shared.errors import AccordError, BudgetExhausted, ProtocolError, RoundOpened, SessionLost
+from accord_shared.messages import MaskedUpload, MaskRequest, Message, Opened, SurvivorsSigned, TrainRequest
+from accord_shared.plan import Plan
+from accord_shared.quantize import decode
+from accord_shared.roster import Roster
+from accord_shared.secagg.collector import Collector
+from accord_shared.secagg.keys import Attempt, Credential, RunTerms
+from accord_shared.wire import payload_bytes
+
+_Due = TypeVar("_Due", MaskedUpload, SurvivorsSigned, Opened)
+
+_JOINING_TRIPS = 3
+"""Joining again, choosing neighbours, introductions: what a round may have to wait for before its own trips."""
+
+
+class SecureAggregation:
+    """Sums of encoded updates that open only as a whole. One object serves one run.
+
+    `dimension` is the model's, `noise_multiplier` the plan's σ. `threads` is a performance flag: in how many the
+    coordinator takes masks away.
+    """
+
+    def __init__(
+        self, plan: Plan, roster: Roster, dimension: int, noise_multiplier: float, *, threads: int = 1
+    ) -> None:
+        self._roster, self._threads = roster, threads
+        self._terms = RunTerms.of(plan, "", roster.hash, dimension, noise_multiplier)
+        self._membership = Membership(roster)
+        self._exhausted: set[str] = set()
+        self.trips = 3 if self._terms.mode == "malicious" else 2
+
+    def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
+        """One attempt. Without survivors nothing was opened; `forfeited` says whether sites helped in vain."""
+        self._terms = replace(self._terms, run_id=request.run_id)
+        trips = _Trips(exchange, self._membership, self._terms)
+        opening = False
+        total, survivors = np.zeros(0), tuple[str, ...]()
+        try:
+            members = self._members(cohort, trips)
+            attempt = self._begin(request, members)
+            collector = self._collector(attempt)
+            self._collect_uploads(attempt, request, collector, trips)
+            certified = collector.close()
+            if self._terms.mode == "malicious":
+                asked = dict.fromkeys(collector.survivors, certified)
+                trips.gather(attempt.cohort, asked, SurvivorsSigned, collector.add_signature)
+            openings = collector.open_requests()
+            opening = True
+            trips.gather(attempt.cohort, openings, Opened, collector.add_opening)
+            total = decode(collector.finish(threads=self._threads), self._terms.encoding, len(collector.survivors))
+            survivors = tuple(members[index] for index in collector.survivors)
+        except AccordError as error:
+            trips.failures["the attempt"] = f"{type(error).__name__}: {error}"
+        return self._aggregate(total, survivors, trips, opening=opening)
+
+    def _aggregate(
+        self, total: npt.NDArray[np.float64], survivors: tuple[str, ...], trips: _Trips, *, opening: bool
+    ) -> Aggregate:
+        self._exhausted |= trips.refused[BudgetExhausted.__name__]
+        return Aggregate(
+            total=total,
+            survivors=survivors,
+            failures=trips.failures,
+            upload_bytes=trips.up_bytes,
+            download_bytes=trips.down_bytes,
+            trips=trips.count,
+            exhausted=frozenset(self._exhausted),
+            forfeited=not survivors and (opening or bool(trips.refused[RoundOpened.__name__])),
+        )
+
+    def _members(self, cohort: Sequence[str], trips: _Trips) -> tuple[str, ...]:
+        """The cohort's sites that are ready; waits for introductions only where too few are."""
+        able = [name for name in cohort if name not in self._exhausted]
+        for _ in range(_JOINING_TRIPS):
+            ready = self._membership.ready(able)
+            if len(ready) >= self._terms.minimum or not trips.join():
+                break
+        return self._membership.ready(able)
+
+    def _begin(self, request: TrainRequest, members: tuple[str, ...]) -> Attempt:
+        return Attempt(
+            terms=self._terms,
+            round=request.round,
+            attempt=request.attempt,
+            cohort=members,
+            bundles=tuple(self._membership[name].bundle for name in members),
+            model_hash=request.model_hash,
+            run_names=self._membership.run_names,
+        )
+
+    def _collector(self, attempt: Attempt) -> Collector:
+        sessions = [self._membership[name] for name in attempt.cohort]
+        partners = {
+            index: tuple(
+                other
+                for other, name in enumerate(attempt.cohort)
+                if other != index and own.is_partner(name, sessions[other].id)
+            )
+            for index, own in enumerate(sessions)
+        }
+        holders = {
+            index: tuple(
+                sorted([index, *(p for p in partners[index] if own.chosen is None or attempt.cohort[p] in own.chosen)])
+            )
+            for index, own in enumerate(sessions)
+        }
+        thresholds = self._terms.thresholds(len(attempt.run_names or attempt.cohort))
+        return Collector(attempt, self._roster, thresholds, partners, holders)
+
+    def _collect_uploads(self, attempt: Attempt, request: TrainRequest, collector: Collector, trips: _Trips) -> None:
+        plain = MaskRequest(
+            protocol=PROTOCOL_VERSION,
+            run_id=self._terms.run_id,
+            plan_hash=self._terms.plan_hash,
+            roster_hash=self._terms.roster_hash,
+            round=request.round,
+            attempt=request.attempt,
+            cohort=attempt.cohort,
+            bundles=attempt.bundles,
+            peers=(),
+            credentials=(),
+            introductions=(),
+            weights=request.weights,
+        )
+        told = {name: dict(self._membership[name].waiting) for name in attempt.cohort}
+        requests = {index: _with_introductions(plain, told[name]) for index, name in enumerate(attempt.cohort)}
+
+        def add(index: int, upload: MaskedUpload) -> None:
+            collector.add_upload(index, upload)
+            self._note_upload(attempt.cohort[index], told[attempt.cohort[index]], upload)
+
+        trips.gather(attempt.cohort, requests, MaskedUpload, add)
+
+    def _note_upload(self, name: str, told: Mapping[str, tuple[bytes, bytes]], upload: MaskedUpload) -> None:
+        """It has read what it was told, and has a new bundle."""
+        session = self._membership[name]
+        session.bundle = upload.next_bundle
+        for peer, entry in told.items():
+            session.known[peer] = Credential.session_of(entry[0])
+            if session.waiting.get(peer) == entry:
+                del session.waiting[peer]
+
+
+@dataclass
+class _Trips:
+    """The trips of one attempt: what they move, and who failed. New sites are brought in beside them."""
+
+    exchange: Exchange
+    membership: Membership
+    terms: RunTerms
+    failures: dict[str, str] = field(default_factory=dict)
+    refused: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Names of the sites that refused, by the kind of the refusal."""
+    up_bytes: int = 0
+    down_bytes: int = 0
+    count: int = 0
+
+    def gather(
+        self,
+        cohort: Sequence[str],
+        requests: Mapping[int, Message],
+        due: type[_Due],
+        add: Callable[[int, _Due], object],
+    ) -> None:
+        """One trip of the protocol; `add` takes in each reply of the kind that is due, or refuses it."""
+        index = {name: place for place, name in enumerate(cohort)}
+        for name, reply in self._run({cohort[place]: request for place, request in requests.items()}):
+            if not isinstance(reply, due):
+                self.failures[name] = f"ProtocolError: a {type(reply).__name__} came"
+                continue
+            try:
+                add(index[name], reply)
+            except ProtocolError as error:
+                self.failures[name] = f"{type(error).__name__}: {error}"
+
+    def join(self) -> bool:
+        """One trip for sites that are not ready alone; False if there is nothing to ask."""
+        side = self._side(())
+        for _ in self._send({}, side):
+            pass
+        return bool(side)
+
+    def _run(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
+        return self._send(requests, self._side(requests))
+
+    def _side(self, busy: Container[str]) -> dict[str, Message]:
+        """What sites that have nothing else to do are asked, to be ready for a later round."""
+        wanted = self.membership.requests(self.terms, self.exchange.joined, self.exchange.enquiry)
+        return {name: request for name, request in wanted.items() if name not in busy}
+
+    def _send(self, requests: Mapping[str, Message], side: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
+        """Yields replies to `requests`; those to `side` go to the membership."""
+        everything = {**side, **requests}
+        if not everything:
+            return
+        self.count += 1
+        sizes = {id(request): 0 for request in everything.values()}
+        for request in everything.values():
+            sizes[id(request)] = sizes[id(request)] or payload_bytes(request)
+        self.down_bytes += sum(sizes[id(request)] for request in everything.values())
+        for name, reply in self.exchange.send(everything):
+            if isinstance(reply, Failure):
+                self._fail(name, reply)
+                continue
+            self.up_bytes += payload_bytes(reply)
+            if name in requests:
+                yield name, reply
+            else:
+                self.membership.hear(name, side[name], reply)
+
+    def _fail(self, name: str, failure: Failure) -> None:
+        self.failures[name] = failure.reason
+        self.refused[failure.kind].add(name)
+        if failure.kind == SessionLost.__name__:
+            self.membership.lose(name)
+
+
+def _with_introductions(request: MaskRequest, waiting: Mapping[str, tuple[bytes, bytes]]) -> MaskRequest:
+    """The same object where nobody is new: it is encoded once for all."""
+    if not waiting:
+        return request
+    credentials, introductions = zip(*waiting.values(), strict=True)
+    return replace(request, peers=tuple(waiting), credentials=credentials, introductions=introductions)

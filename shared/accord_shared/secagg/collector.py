@@ -1,0 +1,198 @@
+"""The coordinator's side of one attempt: verify, sum as uploads arrive, certify a set, remove its masks.
+
+A state machine without I/O or clock (PROTOCOL.md, section 7). Memory is O(d) for the sum, plus the sealed shares.
+An honest coordinator's checks protect its result; what protects the sites is in `member`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from accord_shared.errors import ProtocolError, RoundAborted
+from accord_shared.identity import verify
+from accord_shared.messages import (
+    MaskedUpload,
+    Opened,
+    OpenRequest,
+    SurvivorsRequest,
+    SurvivorsSigned,
+)
+from accord_shared.quantize import add_packed, packed_bytes
+from accord_shared.roster import Roster
+from accord_shared.secagg import shamir
+from accord_shared.secagg.dealing import map_bytes
+from accord_shared.secagg.keys import TAG_BYTES, Attempt, Bundle
+from accord_shared.secagg.masking import Words, add_masks, reduce_words, word_type
+from accord_shared.secagg.shamir import SHARE_BYTES
+from accord_shared.secagg.thresholds import SMALL_MAX, Thresholds
+
+
+class Collector:
+    """One attempt.
+
+    `partners` gives M_u of each site as cohort indices, `holders` the holders of its secrets (itself included); both
+    ascending.
+    """
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        roster: Roster,
+        thresholds: Thresholds,
+        partners: Mapping[int, Sequence[int]],
+        holders: Mapping[int, Sequence[int]],
+    ) -> None:
+        self._attempt, self._roster, self._thresholds = attempt, roster, thresholds
+        self._partners, self._holders = partners, holders
+        terms = attempt.terms
+        self._total: Words = np.zeros(terms.dimension, dtype=word_type(terms.bits))
+        self._sealed: dict[int, dict[int, bytes]] = {}
+        self._signatures: dict[int, bytes] = {}
+        self._shares: dict[int, dict[int, bytes]] = {}
+        self._survivors: tuple[int, ...] | None = None
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """Ascending indices of those whose upload is in the sum."""
+        return self._survivors if self._survivors is not None else tuple(sorted(self._sealed))
+
+    def add_upload(self, index: int, upload: MaskedUpload) -> Bundle:
+        """Trip 1: verify and add; returns the site's next bundle.
+
+        Raises:
+            ProtocolError: it is malformed, late, or not signed by the site; it is not in the sum.
+        """
+        attempt, name = self._attempt, self._attempt.cohort[index]
+        if self._survivors is not None or index in self._sealed:
+            raise ProtocolError(f"an upload of {name!r} that is late or repeated")
+        self._check_attempt(upload.round, upload.attempt)
+        if upload.payload.shape != (packed_bytes(attempt.terms.bits, attempt.terms.dimension),):
+            raise ProtocolError(f"an upload of {upload.payload.nbytes} bytes")
+        others = [holder for holder in self._holders[index] if holder != index]
+        length = map_bytes(len(attempt.cohort)) + SHARE_BYTES * (1 + len(self._partners[index])) + TAG_BYTES
+        if [len(blob) for blob in upload.sealed] != [length] * len(others):
+            raise ProtocolError("sealed shares of another number or length than were due")
+        payload_hash = hashlib.sha256(np.ascontiguousarray(upload.payload).data).digest()
+        signed = attempt.upload_bytes(name, payload_hash, upload.sealed, upload.next_bundle)
+        verify(self._roster.member(name), signed, upload.signature)
+        next_bundle = Bundle.read(upload.next_bundle, attempt.terms, self._roster.member(name))
+        add_packed(self._total, upload.payload, attempt.terms.bits)
+        self._sealed[index] = dict(zip(others, upload.sealed, strict=True))
+        return next_bundle
+
+    def close(self) -> SurvivorsRequest:
+        """No more uploads: the survivor set stands.
+
+        Raises:
+            RoundAborted: too few sites uploaded.
+        """
+        self._survivors = tuple(sorted(self._sealed))
+        count = len(self._attempt.cohort)
+        least = count if count <= SMALL_MAX else self._attempt.terms.minimum
+        self._check_enough(len(self._survivors), least, "uploaded")
+        terms, attempt = self._attempt.terms, self._attempt
+        return SurvivorsRequest(terms.run_id, attempt.round, attempt.attempt, self._survivors)
+
+    def add_signature(self, index: int, reply: SurvivorsSigned) -> None:
+        """Trip 2.
+
+        Raises:
+            ProtocolError: it does not sign this set.
+        """
+        self._check_attempt(reply.round, reply.attempt)
+        member = self._roster.member(self._attempt.cohort[index])
+        verify(member, self._attempt.survivors_bytes(self.survivors), reply.signature)
+        self._signatures[index] = reply.signature
+
+    @property
+    def signed(self) -> bool:
+        """Whether the set is certified already: later signatures are not waited for by a busy coordinator."""
+        return len(self._signatures) >= self._thresholds.sign
+
+    def open_requests(self) -> dict[int, OpenRequest]:
+        """Trip 3: what each survivor is asked.
+
+        Raises:
+            RoundAborted: too few signatures (malicious mode).
+        """
+        attempt, malicious = self._attempt, self._attempt.terms.mode == "malicious"
+        if malicious:
+            self._check_enough(len(self._signatures), self._thresholds.sign, "signed")
+        signers = tuple(sorted(self._signatures)[: self._thresholds.sign]) if malicious else ()
+        signatures = tuple(self._signatures[index] for index in signers)
+        return {
+            receiver: OpenRequest(
+                run_id=attempt.terms.run_id,
+                round=attempt.round,
+                attempt=attempt.attempt,
+                survivors=self.survivors,
+                signers=signers,
+                signatures=signatures,
+                sealed=tuple(self._sealed[sender].get(receiver, b"") for sender in self.survivors),
+            )
+            for receiver in self.survivors
+        }
+
+    def add_opening(self, index: int, reply: Opened) -> None:
+        """Trip 3: keep a holder's shares.
+
+        Raises:
+            ProtocolError: they have another number or length than was due.
+        """
+        self._check_attempt(reply.round, reply.attempt)
+        if len(reply.shares) != len(self.survivors):
+            raise ProtocolError(f"shares of {len(reply.shares)} sites came where {len(self.survivors)} were due")
+        for sender, part in zip(self.survivors, reply.shares, strict=True):
+            if part and (index not in self._holders[sender] or len(part) != SHARE_BYTES * len(self._seeds_of(sender))):
+                raise ProtocolError(f"shares of {self._attempt.cohort[sender]!r} with another length than was due")
+        for sender, part in zip(self.survivors, reply.shares, strict=True):
+            if part:
+                self._shares.setdefault(sender, {})[index] = part
+
+    def finish(self, *, threads: int = 1) -> Words:
+        """The sum [d] of the survivors' encoded updates modulo 2^b.
+
+        Raises:
+            RoundAborted: too few shares of some survivor, or shares that fit nothing.
+        """
+        plus: list[bytes] = []
+        minus: list[bytes] = []
+        for sender in self.survivors:
+            seeds = self._rebuild(sender)
+            minus.append(seeds[0])  # the self-mask was added by its owner: take it away
+            for partner, seed in zip(self._dropped(sender), seeds[1:], strict=True):
+                (minus if partner > sender else plus).append(seed)
+        add_masks(self._total, plus, minus, threads=threads)
+        reduce_words(self._total, self._attempt.terms.bits)
+        return self._total
+
+    def _dropped(self, sender: int) -> tuple[int, ...]:
+        alive = frozenset(self.survivors)
+        return tuple(partner for partner in self._partners[sender] if partner not in alive)
+
+    def _seeds_of(self, sender: int) -> tuple[int, ...]:
+        """What is rebuilt of a survivor: its self-mask seed (named by itself) and those of pairs with the dropped."""
+        return (sender, *self._dropped(sender))
+
+    def _rebuild(self, sender: int) -> list[bytes]:
+        given = self._shares.get(sender, {})
+        name = self._attempt.cohort[sender]
+        self._check_enough(len(given), self._thresholds.share, f"opened their shares of {name!r}")
+        holders = sorted(given)[: self._thresholds.share]
+        try:
+            rows = np.stack([shamir.from_bytes(given[holder]) for holder in holders])
+            secrets = shamir.rebuild(rows, holders)
+        except ProtocolError as error:
+            raise RoundAborted(f"what {name!r} shared cannot be rebuilt: {error}") from None
+        return [secret.tobytes() for secret in secrets]
+
+    def _check_attempt(self, round_number: int, attempt: int) -> None:
+        if (round_number, attempt) != (self._attempt.round, self._attempt.attempt):
+            raise ProtocolError("a reply of another attempt")
+
+    def _check_enough(self, count: int, least: int, what: str) -> None:
+        if count < least:
+            raise RoundAborted(f"{count} of {len(self._attempt.cohort)} sites {what}, {least} are needed")

@@ -1,0 +1,315 @@
+"""Keys of a run and of an attempt: who signs what, and every derivation (PROTOCOL.md, sections 5 to 7).
+
+Everything that is signed or derived from goes through `frame` under a label of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from accord_shared import PROTOCOL_VERSION
+from accord_shared.canonical import decimal_string
+from accord_shared.errors import PlanError, ProtocolError
+from accord_shared.frames import frame, hash_frame
+from accord_shared.identity import BOTH_SIGNATURES, ED25519_SIGNATURE, Identity, Member, verify, verify_both
+from accord_shared.plan import Plan
+from accord_shared.quantize import Encoding, default_bound
+from accord_shared.secagg.graph import sparse_thresholds
+from accord_shared.secagg.thresholds import COMPLETE_MAX, Mode, Thresholds, thresholds
+
+SESSION_BYTES, KEM_PUBLIC_BYTES, KEM_SEED_BYTES, CIPHERTEXT_BYTES = 16, 1184, 64, 1088
+CREDENTIAL_BYTES = SESSION_BYTES + KEM_PUBLIC_BYTES + BOTH_SIGNATURES
+BUNDLE_BYTES = SESSION_BYTES + 4 + 32 + ED25519_SIGNATURE
+INTRODUCTION_BYTES = CIPHERTEXT_BYTES + BOTH_SIGNATURES
+TAG_BYTES = 16
+
+
+@dataclass(frozen=True)
+class RunTerms:
+    """What all parties of a run agree on beforehand; all public. `dimension` d counts extra coordinates too."""
+
+    run_id: str
+    plan_hash: str
+    roster_hash: str
+    mode: Mode
+    bits: int
+    dimension: int
+    minimum: int
+    colluders: int
+    size: int
+    bound: float
+    """A of the encoding."""
+    own_noise: bool
+    """Whether every update carries its full noise: then even two sites may sum."""
+
+    @staticmethod
+    def of(plan: Plan, run_id: str, roster_hash: str, dimension: int, noise_multiplier: float) -> RunTerms:
+        """What a plan says of a model of `dimension` parameters.
+
+        Raises:
+            PlanError: the plan does without secure aggregation.
+        """
+        spec = plan.secure_aggregation
+        if spec.mode == "off":
+            raise PlanError("the plan does without secure aggregation")
+        return RunTerms(
+            run_id=run_id,
+            plan_hash=plan.hash,
+            roster_hash=roster_hash,
+            mode=spec.mode,
+            bits=spec.bits,
+            dimension=dimension,
+            minimum=plan.cohort.minimum,
+            colluders=plan.cohort.colluders,
+            size=plan.cohort.size,
+            bound=spec.bound or default_bound(plan, noise_multiplier),
+            own_noise=plan.privacy.noise == "site",
+        )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether sites choose neighbours (section 9) or all are each other's."""
+        return self.size > COMPLETE_MAX
+
+    def thresholds(self, sites: int) -> Thresholds:
+        """For a cohort of `sites`; in a sparse graph, for a run of `sites`.
+
+        Raises:
+            PlanError: too few sites for the plan's minimum and colluders.
+        """
+        if self.sparse:
+            return sparse_thresholds(sites, self.minimum, self.colluders)
+        return thresholds(sites, self.minimum, self.colluders, self.mode)
+
+    @property
+    def encoding(self) -> Encoding:
+        """How updates become words: no sum of `size` of them can wrap."""
+        return Encoding(bits=self.bits, sites=self.size, bound=self.bound)
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Run, roster and plan, as they begin everything that is signed for the run."""
+        return (self.run_id, self.roster_hash, self.plan_hash)
+
+
+def _exactly(data: bytes, length: int, what: str) -> bytes:
+    if len(data) != length:
+        raise ProtocolError(f"{what} has {len(data)} bytes, {length} were due")
+    return data
+
+
+@dataclass(frozen=True)
+class Credential:
+    """A site's session in a run and its ML-KEM-768 key, signed with both identity keys."""
+
+    session: bytes
+    kem_public: bytes
+
+    def signed_bytes(self, terms: RunTerms, name: str) -> bytes:
+        """What is signed."""
+        return frame("accord/1/credential", *terms.names, name, self.session, self.kem_public)
+
+    def issue(self, terms: RunTerms, name: str, identity: Identity) -> bytes:
+        """The credential as it travels."""
+        return self.session + self.kem_public + identity.sign_both(self.signed_bytes(terms, name))
+
+    @staticmethod
+    def session_of(data: bytes) -> bytes:
+        """The session of a credential that was verified before."""
+        return data[:SESSION_BYTES]
+
+    @staticmethod
+    def read(data: bytes, terms: RunTerms, member: Member) -> Credential:
+        """Parse and verify.
+
+        Raises:
+            ProtocolError: wrong length or a signature that is not the member's.
+        """
+        _exactly(data, CREDENTIAL_BYTES, f"the credential of {member.name!r}")
+        end = SESSION_BYTES + KEM_PUBLIC_BYTES
+        credential = Credential(session=data[:SESSION_BYTES], kem_public=data[SESSION_BYTES:end])
+        verify_both(member, credential.signed_bytes(terms, member.name), data[end:])
+        return credential
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A site's X25519 key of one generation, signed for its session."""
+
+    session: bytes
+    generation: int
+    public: bytes
+
+    def signed_bytes(self, terms: RunTerms, name: str) -> bytes:
+        """What is signed."""
+        return frame("accord/1/bundle", *terms.names, name, self.session, self.generation, self.public)
+
+    def issue(self, terms: RunTerms, name: str, identity: Identity) -> bytes:
+        """The bundle as it travels."""
+        head = self.session + struct.pack(">I", self.generation) + self.public
+        return head + identity.sign(self.signed_bytes(terms, name))
+
+    @staticmethod
+    def parse(data: bytes) -> Bundle:
+        """Parse without verifying: for what one made oneself, and for sizes.
+
+        Raises:
+            ProtocolError: wrong length.
+        """
+        _exactly(data, BUNDLE_BYTES, "a bundle")
+        session, (generation,) = data[:SESSION_BYTES], struct.unpack(">I", data[SESSION_BYTES : SESSION_BYTES + 4])
+        return Bundle(session=session, generation=generation, public=data[SESSION_BYTES + 4 : -ED25519_SIGNATURE])
+
+    @staticmethod
+    def read(data: bytes, terms: RunTerms, member: Member) -> Bundle:
+        """Parse and verify.
+
+        Raises:
+            ProtocolError: wrong length or a signature that is not the member's.
+        """
+        bundle = Bundle.parse(data)
+        verify(member, bundle.signed_bytes(terms, member.name), data[-ED25519_SIGNATURE:])
+        return bundle
+
+
+@dataclass(frozen=True)
+class Party:
+    """One end of an introduction: name and session."""
+
+    name: str
+    session: bytes
+
+
+def introduce(terms: RunTerms, identity: Identity, own: Party, peer: Party, kem_public: bytes) -> tuple[bytes, bytes]:
+    """Encapsulate to a peer (FIPS 203): the introduction as it travels, and the pair's secret of the run.
+
+    Raises:
+        ProtocolError: the peer's key is not an ML-KEM-768 key.
+    """
+    try:
+        shared, ciphertext = MLKEM768PublicKey.from_public_bytes(kem_public).encapsulate()
+    except ValueError:
+        raise ProtocolError(f"the ML-KEM-768 key of {peer.name!r} is malformed") from None
+    signature = identity.sign_both(_introduction_bytes(terms, own, peer, ciphertext))
+    return ciphertext + signature, _kem_secret(terms, own, peer, ciphertext, shared)
+
+
+def accept_introduction(
+    terms: RunTerms, data: bytes, member: Member, peer: Party, own: Party, key: MLKEM768PrivateKey
+) -> bytes:
+    """The pair's secret of the run, from the introduction that `peer` made.
+
+    Raises:
+        ProtocolError: wrong length, or a signature that is not the peer's.
+    """
+    _exactly(data, INTRODUCTION_BYTES, f"the introduction by {peer.name!r}")
+    ciphertext = data[:CIPHERTEXT_BYTES]
+    verify_both(member, _introduction_bytes(terms, peer, own, ciphertext), data[CIPHERTEXT_BYTES:])
+    return _kem_secret(terms, peer, own, ciphertext, key.decapsulate(ciphertext))
+
+
+def _introduction_bytes(terms: RunTerms, sender: Party, receiver: Party, ciphertext: bytes) -> bytes:
+    parties = (sender.name, sender.session, receiver.name, receiver.session)
+    return frame("accord/1/introduction", *terms.names, *parties, ciphertext)
+
+
+def _kem_secret(terms: RunTerms, sender: Party, receiver: Party, ciphertext: bytes, shared: bytes) -> bytes:
+    parties = (sender.name, sender.session, receiver.name, receiver.session)
+    info = frame("accord/1/kem", terms.run_id, *parties, hashlib.sha256(ciphertext).digest())
+    return _hkdf(shared, b"", info, 32)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt as a party sees it: everything that its masks depend on."""
+
+    terms: RunTerms
+    round: int
+    attempt: int
+    cohort: tuple[str, ...]
+    bundles: tuple[bytes, ...]
+    model_hash: str
+    run_names: tuple[str, ...] = ()
+    """Sparse graph: the sites among which neighbours were chosen."""
+
+    @cached_property
+    def context(self) -> bytes:
+        """`ctx`, 32 bytes: parties that were shown anything different have nothing in common."""
+        t = self.terms
+        numbers = (self.round, self.attempt, t.roster_hash, t.plan_hash, t.mode, t.bits, decimal_string(t.bound))
+        shown = (t.dimension, self.model_hash, self.run_names, self.cohort, self.bundles)
+        return hash_frame("accord/1/context", PROTOCOL_VERSION, t.run_id, *numbers, *shown)
+
+    def upload_bytes(self, name: str, payload: bytes, sealed: Sequence[bytes], next_bundle: bytes) -> bytes:
+        """What a site signs of its upload; `payload` is the SHA-256 of the packed vector."""
+        sealed_hash = hashlib.sha256(frame("list", *sealed)).digest()
+        return frame("accord/1/upload", self.context, name, payload, sealed_hash, next_bundle)
+
+    def survivors_bytes(self, survivors: Sequence[int]) -> bytes:
+        """What a site signs in trip 2."""
+        return frame("accord/1/survivors", self.context, struct.pack(f">{len(survivors)}I", *survivors))
+
+    def shares_data(self, sender: int, receiver: int) -> bytes:
+        """Additional data of the shares that `sender` seals for `receiver`."""
+        return frame("accord/1/shares", self.context, sender, receiver)
+
+
+@dataclass(frozen=True)
+class PairKeys:
+    """What two sites derive for one attempt. Only `mask_seed` may ever be shared."""
+
+    mask_seed: bytes
+    seal_up: bytes
+    """Seals from the lower index to the higher."""
+    seal_down: bytes
+
+    def __repr__(self) -> str:
+        return "PairKeys(…)"
+
+
+def pair_keys(
+    attempt: Attempt, private: X25519PrivateKey, public: bytes, kem_secret: bytes, pair: Sequence[str]
+) -> PairKeys:
+    """Derive the keys of a pair; `pair` names the lower cohort index first.
+
+    Raises:
+        ProtocolError: the peer's point has low order (RFC 7748, section 6.1).
+    """
+    try:
+        shared = private.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise ProtocolError(f"an X25519 key of {' or '.join(map(repr, pair))} has low order") from None
+    okm = _hkdf(shared + kem_secret, attempt.context, frame("accord/1/pair", *pair), 96)
+    return PairKeys(mask_seed=okm[:32], seal_up=okm[32:64], seal_down=okm[64:])
+
+
+_ONCE = bytes(12)
+"""Nonce of keys that seal one message in their life."""
+
+
+def seal(key: bytes, plaintext: bytes, data: bytes) -> bytes:
+    """AES-256-GCM under a key that seals nothing else (NIST SP 800-38D)."""
+    return AESGCM(key).encrypt(_ONCE, plaintext, data)
+
+
+def unseal(key: bytes, sealed: bytes, data: bytes) -> bytes | None:
+    """The plaintext, or None if it was not sealed by the other holder of the key for this purpose."""
+    try:
+        return AESGCM(key).decrypt(_ONCE, sealed, data)
+    except InvalidTag:
+        return None
+
+
+def _hkdf(secret: bytes, salt: bytes, info: bytes, length: int) -> bytes:
+    return HKDF(hashes.SHA256(), length, salt, info).derive(secret)
