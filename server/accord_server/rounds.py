@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from accord_server.aggregation import Aggregate, Aggregation
 from accord_server.checkpoint import Checkpoint, CheckpointFolder
@@ -35,6 +36,8 @@ class RoundReport:
     """Of all attempts together."""
     upload_bytes: int
     download_bytes: int
+    released: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the iterate *before* the round, from the sites' noised counts."""
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
@@ -124,7 +127,7 @@ class Coordinator:
         aggregate, report = outcome
         weights, optimizer = self._state.weights, self._state.optimizer
         if aggregate.survivors:
-            mean = aggregate.total / len(aggregate.survivors)
+            mean = aggregate.total[: len(weights)] / len(aggregate.survivors)
             with np.errstate(over="ignore", invalid="ignore"):  # the check below says it in a typed error
                 change, optimizer = step(self._plan.server, self._state.optimizer, mean)
                 weights = self._state.weights + change
@@ -180,6 +183,7 @@ class Coordinator:
                     trips=trips,
                     upload_bytes=uploaded,
                     download_bytes=downloaded,
+                    released=_released(aggregate.total[len(self._state.weights) :]),
                 )
                 return aggregate, report
             if aggregate.exhausted and len(set(exchange.sites()) - aggregate.exhausted) < self._plan.cohort.minimum:
@@ -203,3 +207,10 @@ class Coordinator:
         if self._forfeits > 1 + self._plan.run.max_extra_attempts:
             reasons = "; ".join(sorted(set(aggregate.failures.values()))[:2])
             raise RoundAborted(f"round {number}: {self._forfeits} rounds in a row could not be opened ({reasons})")
+
+
+def _released(counts: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Accuracy from the two summed counts (right, all) [2]; empty without them, or where noise left no sense."""
+    if len(counts) != 2 or counts[1] <= 0:
+        return {}
+    return {"accuracy": float(np.clip(counts[0] / counts[1], 0.0, 1.0))}

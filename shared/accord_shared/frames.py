@@ -38,7 +38,9 @@ def _text(value: str) -> bytes:
 
 
 def _bytes(part: Part) -> bytes:
-    if isinstance(part, bytes | bytearray | memoryview):
+    if isinstance(part, bytes):
+        return part
+    if isinstance(part, bytearray | memoryview):
         return bytes(part)
     if isinstance(part, str):
         return _text(part)
@@ -55,8 +57,10 @@ def frame(label: str, *parts: Part) -> bytes:
     Raises:
         ProtocolError: an integer outside [0, 2^64), a text with lone surrogates, or a part of another type.
     """
-    pieces = (_text(label), *map(_bytes, parts))
-    return b"".join(piece for item in pieces for piece in (u64(len(item)), item))
+    pieces: list[bytes] = []
+    for item in (_text(label), *map(_bytes, parts)):
+        pieces += (len(item).to_bytes(8, "big"), item)
+    return b"".join(pieces)
 
 
 def hash_frame(label: str, *parts: Part) -> bytes:

@@ -196,6 +196,9 @@ class EvaluationSpec(Table):
     """Held-out data and the metrics that are scored on it; the first metric is the main one."""
 
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    released_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Units that each site holds back to score the joint model every round: two noised counts travel as further
+    coordinates of its update, masked like it."""
     metrics: tuple[Literal["accuracy", "macro_f1"], ...] = Field(default=("accuracy", "macro_f1"), min_length=1)
 
     @field_validator("metrics", mode="before")
@@ -268,6 +271,11 @@ class Plan(Table):
             thresholds(cohort.size, cohort.minimum, cohort.colluders, mode)
 
     @property
+    def extra_coordinates(self) -> int:
+        """Coordinates of an update beyond the model's: the counts of `evaluation.released_fraction`."""
+        return 2 if self.evaluation.released_fraction > 0 else 0
+
+    @property
     def rounds_per_site(self) -> int:
         """Most rounds that one site releases: what its budget is calibrated to."""
         return self.run.rounds_per_site or self.run.rounds
@@ -316,10 +324,14 @@ class Plan(Table):
 
 
 def default_minimum(size: int, colluders: int) -> int:
-    """Least survivors where a plan names none: what the secure sum needs, and more than two thirds of the cohort."""
+    """Least survivors where a plan names none: what the secure sum needs, and more than two thirds of the cohort.
+
+    Four fifths in a sparse graph, whose shares grow with the square of the losses that it must stand.
+    """
     if size <= SMALL_MAX:
         return max(1, size)
-    return min(size, max(signatures(size, colluders), (size + colluders) // 2 + 1))
+    needed = max(signatures(size, colluders), (size + colluders) // 2 + 1)
+    return min(size, needed if size <= COMPLETE_MAX else max(needed, -(-4 * size // 5)))
 
 
 def apply_changes(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -207,18 +207,19 @@ def decode(total: Words, encoding: Encoding, survivors: int) -> npt.NDArray[np.f
     values = np.empty(len(total), dtype=np.float64)
     for start in range(0, len(total), _CHUNK):
         signed = _signed(total[start : start + _CHUNK], encoding.bits)
-        outside += int(np.count_nonzero((signed > limit) | (signed < -limit)))
+        if signed.max() > limit or signed.min() < -limit:
+            outside += int(np.count_nonzero((signed > limit) | (signed < -limit)))
         np.divide(signed, encoding.scale, out=values[start : start + _CHUNK], dtype=np.float64)
     if outside:
         raise ProtocolError(f"{outside} of {len(total)} coordinates of the sum are out of range: a site did not encode")
     return values
 
 
-def _signed(words: Words, bits: int) -> npt.NDArray[np.int64]:
-    """`words` mod 2^`bits` as integers of [-2^(bits-1), 2^(bits-1))."""
-    signed = words.astype(np.uint64) << np.uint64(64 - bits)
-    result: npt.NDArray[np.int64] = signed.view(np.int64) >> (64 - bits)
-    return result
+def _signed(words: Words, bits: int) -> npt.NDArray[np.signedinteger[Any]]:
+    """`words` mod 2^`bits` as integers of [-2^(bits-1), 2^(bits-1)), of the same width."""
+    spare = 8 * words.itemsize - bits
+    signed: npt.NDArray[np.signedinteger[Any]] = np.left_shift(words, spare).view(f"<i{words.itemsize}")
+    return np.right_shift(signed, spare, out=signed)
 
 
 def _planes(bits: int) -> list[int]:

@@ -166,6 +166,7 @@ def summarize(result: Any, target: Path) -> dict[str, Any]:
         "noise_multiplier": result.noise_multiplier,
         "aborted_attempts": result.aborted_attempts,
         "trips_per_round": result.trips_per_round,
+        "released": result.rounds[-1].released,
         "upload_bytes_per_site_round": result.upload_bytes_per_site_round,
         "seconds": round(result.seconds, 2),
         "stage_s": {name: round(value, 2) for name, value in result.stage_s.items()},

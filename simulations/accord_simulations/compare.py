@@ -48,6 +48,7 @@ def comparison_plan(prepared: Prepared, changes: Mapping[str, Any], name: str) -
     """The plan of a comparison: the federation's, with the scenario's `[compare.NAME]` and what the name means."""
     resolved = prepared.resolved
     forced: dict[str, Any] = {"model.digest": resolved.plan.model.digest, "secure_aggregation.mode": "off"}
+    forced["evaluation.released_fraction"] = 0.0
     if name in ("alone", "central", "central_nonprivate"):
         forced |= {"cohort.size": 1, "cohort.minimum": 1}
     if name in ("central", "central_nonprivate"):

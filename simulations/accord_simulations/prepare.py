@@ -11,6 +11,7 @@ import numpy as np
 
 from accord_client.data import Examples
 from accord_client.features import FeatureCache, default_folder
+from accord_client.metrics import hold_back
 from accord_client.models import digest, locate, verified
 from accord_client.trainer import Runtime
 from accord_client.workspace import Workspace
@@ -153,3 +154,5 @@ def _share_embeddings(resolved: Resolved, workspace: Workspace, cache: Path, on_
     if groups:
         for participant in population.participants:
             keep(participant.train.texts)
+            for part in hold_back(participant.train, resolved.plan.evaluation.released_fraction):
+                keep(part.texts)

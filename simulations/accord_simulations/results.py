@@ -28,6 +28,8 @@ class RoundResult:
     stage_s: dict[str, float]
     aborted_attempts: int = 0
     trips: int = 1
+    released: dict[str, float] = field(default_factory=dict)
+    """Metrics that the protocol itself released, from noised counts; of the iterate before the round."""
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ def _secure(prepared: Prepared) -> tuple[Prepared, Secured | None, Aggregation]:
     """What sums the updates; under secure aggregation with a roster made on the fly and vaults for its secrets."""
     plan = prepared.plan
     if plan.secure_aggregation.mode == "off":
-        return prepared, None, PlainAggregation()
+        return prepared, None, PlainAggregation(plan.extra_coordinates)
     names = tuple(participant.name for participant in prepared.population.participants)
     roster = SimulatedRoster.make(plan, names)
     dimension = prepared.workspace.model.layout.dimension
@@ -322,6 +322,7 @@ class _RoundWatcher:
             stage_s={"round": trained - self._since, "score": scored - trained, "account": time.time() - scored},
             aborted_attempts=report.aborted_attempts,
             trips=report.trips,
+            released=dict(report.released),
         )
         self._log.add(result, self._since, trained)
         self._progress.round(result, self._plan.run.rounds)

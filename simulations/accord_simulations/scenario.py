@@ -14,8 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.errors import PlanError
 from accord_shared.plan import Plan, apply_changes, first_problem, make_plan, read_toml
+from accord_shared.secagg.thresholds import COMPLETE_MAX
 from accord_simulations.faults import TRIPS, FaultSpec
 from accord_simulations.population import DataSpec, Population, PopulationSpec
+
+SPARSE_DROPOUT = 0.1
+"""Up to here a sparse graph is asked to stand twice the expected losses; it is much cheaper the fewer they are."""
 
 COMPARISONS = ("alone", "nonprivate", "central", "central_nonprivate")
 
@@ -194,6 +198,8 @@ def resolve(
     mode = changes.get("secure_aggregation.mode") or scenario.plan.get("secure_aggregation", {}).get("mode")
     if mode == "off":
         facts["cohort.minimum"] = max(1, math.ceil(participants / 2) - dropping)
+    elif participants > COMPLETE_MAX and scenario.faults.dropout < SPARSE_DROPOUT:
+        facts["cohort.minimum"] = participants - max(2 * dropping, participants // 10)
     if model_digest is not None:
         facts["model.digest"] = model_digest
     given = _flat(scenario.plan)

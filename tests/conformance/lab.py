@@ -27,7 +27,7 @@ from accord_shared.vectors import Vector
 
 
 def lab_plan(changes: dict[str, Any] | None = None, *, labels: int = 5) -> Plan:
-    """A private plan of four rounds, its model known by digest alone."""
+    """A private plan of four rounds without secure aggregation, its model known by digest alone."""
     table: dict[str, Any] = {
         "run": {"name": "lab", "rounds": 4},
         "model": {"source": "path:absent", "digest": "sha256:" + "0" * 64},
@@ -35,7 +35,8 @@ def lab_plan(changes: dict[str, Any] | None = None, *, labels: int = 5) -> Plan:
         "adapter": {"depth": "head", "init": "zeros", "features": "pooled"},
         "local": {"expected_records": 12, "clip_norm": 0.5, "learning_rate": 0.7},
         "privacy": {"noise": "site", "epsilon": 4.0},
-        "cohort": {"size": 2},
+        "cohort": {"size": 2, "minimum": 1},
+        "secure_aggregation": {"mode": "off"},
     }
     return make_plan(table).revised(changes or {})
 
@@ -79,8 +80,8 @@ class Lab:
         """The durable state."""
         return SiteStore(self.folder / "site")
 
-    def site(self, name: str = "site-a", generator: SecureGenerator | None = None) -> Site:
-        """A freshly started site on the folder."""
+    def site(self, name: str = "site-a", generator: SecureGenerator | None = None, **options: Any) -> Site:
+        """A freshly started site on the folder; it takes any plan unless `options` say otherwise."""
         workspaces: dict[str, Workspace] = {}
 
         def workspace_of(plan: Plan) -> Workspace:
@@ -88,7 +89,7 @@ class Lab:
 
         return Site(
             name,
-            accept_without_privacy=True,
+            **{"accept_without_privacy": True, "least_secure_aggregation": "off", **options},
             store=self.store(),
             workspace_of=workspace_of,
             examples_of=lambda _: self.examples,
@@ -104,7 +105,7 @@ class Lab:
 
 def join(site: Site, plan: Plan, run_id: str = "run") -> Message:
     """Send the plan."""
-    return site.handle(Enquiry(PROTOCOL_VERSION, run_id, plan.to_json(), plan.hash))
+    return site.handle(Enquiry(PROTOCOL_VERSION, run_id, plan.to_json(), plan.hash, ""))
 
 
 def dimension(plan: Plan, lab: Lab) -> int:

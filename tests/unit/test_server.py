@@ -17,7 +17,7 @@ from accord_server.exchange import LocalExchange
 from accord_server.optimizer import initial_state, step
 from accord_server.rounds import Coordinator, RoundReport
 from accord_shared.errors import CheckpointError, NonFinite, ProtocolError, RoundAborted
-from accord_shared.messages import Message, TrainReply, TrainRequest
+from accord_shared.messages import Enquiry, Message, TrainReply, TrainRequest
 from accord_shared.plan import Plan, ServerSpec, make_plan
 from accord_shared.vectors import Vector
 
@@ -31,6 +31,7 @@ def plan(**changes: Any) -> Plan:
             "local": {"expected_records": 10},
             "privacy": {"noise": "none"},
             "cohort": {"size": 3, "minimum": 2},
+            "secure_aggregation": {"mode": "off"},
         }
     )
     return base.revised(changes)
@@ -51,6 +52,11 @@ def fails(message: Message) -> Message:
     raise ProtocolError("no")
 
 
+def exchange(sites: dict[str, Callable[[Message], Message]]) -> LocalExchange:
+    """Sites that are there from the start, and need not be asked to join."""
+    return LocalExchange(sites, Enquiry(1, "run", "{}", "", ""))
+
+
 def coordinate(
     a_plan: Plan, sites: dict[str, Callable[[Message], Message]], folder: Path | None = None, **options: Any
 ) -> tuple[Vector, list[RoundReport]]:
@@ -64,7 +70,7 @@ def coordinate(
         observer=lambda report, _: reports.append(report),
         **options,
     )
-    return coordinator.run(LocalExchange(sites)), reports
+    return coordinator.run(exchange(sites)), reports
 
 
 def test_the_mean_of_the_survivors_is_added_each_round() -> None:
@@ -147,7 +153,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
         checkpoints=CheckpointFolder(tmp_path), observer=cut,
     )  # fmt: skip
     with pytest.raises(Cut):
-        first.run(LocalExchange(sites))
+        first.run(exchange(sites))
     weights, reports = coordinate(plan(**changes), sites, tmp_path)
     assert [report.round for report in reports] == [4, 5, 6]
     assert weights.tobytes() == whole.tobytes()
@@ -172,7 +178,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_one_tensor_file_is_kept(tmp_path: Path) -> None:
     coordinate(plan(), {"a": adds(1.0), "b": adds(1.0)}, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00004.safetensors", "state.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["attempt.json", "round-00004.safetensors", "state.json"]
 
 
 OPTIMIZERS = {

@@ -53,6 +53,8 @@ class Collector:
         self._signatures: dict[int, bytes] = {}
         self._shares: dict[int, dict[int, bytes]] = {}
         self._survivors: tuple[int, ...] | None = None
+        self._dropped: dict[int, tuple[int, ...]] = {}
+        """Of each survivor, its partners that did not upload; known once the set stands."""
 
     @property
     def survivors(self) -> tuple[int, ...]:
@@ -90,6 +92,10 @@ class Collector:
             RoundAborted: too few sites uploaded.
         """
         self._survivors = tuple(sorted(self._sealed))
+        self._dropped = {
+            sender: tuple(partner for partner in self._partners[sender] if partner not in self._sealed)
+            for sender in self._survivors
+        }
         count = len(self._attempt.cohort)
         least = count if count <= SMALL_MAX else self._attempt.terms.minimum
         self._check_enough(len(self._survivors), least, "uploaded")
@@ -97,12 +103,14 @@ class Collector:
         return SurvivorsRequest(terms.run_id, attempt.round, attempt.attempt, self._survivors)
 
     def add_signature(self, index: int, reply: SurvivorsSigned) -> None:
-        """Trip 2.
+        """Trip 2. Nobody needs a signature of a set that is certified already: it is not looked at.
 
         Raises:
             ProtocolError: it does not sign this set.
         """
         self._check_attempt(reply.round, reply.attempt)
+        if self.signed:
+            return
         member = self._roster.member(self._attempt.cohort[index])
         verify(member, self._attempt.survivors_bytes(self.survivors), reply.signature)
         self._signatures[index] = reply.signature
@@ -143,10 +151,13 @@ class Collector:
             ProtocolError: they have another number or length than was due.
         """
         self._check_attempt(reply.round, reply.attempt)
+        if self._survivors is None:
+            raise ProtocolError("an opening came before the set stood")
         if len(reply.shares) != len(self.survivors):
             raise ProtocolError(f"shares of {len(reply.shares)} sites came where {len(self.survivors)} were due")
         for sender, part in zip(self.survivors, reply.shares, strict=True):
-            if part and (index not in self._holders[sender] or len(part) != SHARE_BYTES * len(self._seeds_of(sender))):
+            holds = index == sender or index in self._sealed[sender]
+            if part and not (holds and len(part) == SHARE_BYTES * (1 + len(self._dropped[sender]))):
                 raise ProtocolError(f"shares of {self._attempt.cohort[sender]!r} with another length than was due")
         for sender, part in zip(self.survivors, reply.shares, strict=True):
             if part:
@@ -160,32 +171,36 @@ class Collector:
         """
         plus: list[bytes] = []
         minus: list[bytes] = []
-        for sender in self.survivors:
-            seeds = self._rebuild(sender)
-            minus.append(seeds[0])  # the self-mask was added by its owner: take it away
-            for partner, seed in zip(self._dropped(sender), seeds[1:], strict=True):
-                (minus if partner > sender else plus).append(seed)
+        for senders, holders in self._openers():
+            seeds = iter(self._rebuild(senders, holders))
+            for sender in senders:
+                minus.append(next(seeds))  # the self-mask was added by its owner: take it away
+                for partner in self._dropped[sender]:
+                    (minus if partner > sender else plus).append(next(seeds))
         add_masks(self._total, plus, minus, threads=threads)
         reduce_words(self._total, self._attempt.terms.bits)
         return self._total
 
-    def _dropped(self, sender: int) -> tuple[int, ...]:
-        alive = frozenset(self.survivors)
-        return tuple(partner for partner in self._partners[sender] if partner not in alive)
+    def _openers(self) -> list[tuple[list[int], tuple[int, ...]]]:
+        """(survivors, the holders whose shares rebuild their secrets): survivors with the same holders together."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for sender in self.survivors:
+            given = self._shares.get(sender, {})
+            self._check_enough(
+                len(given), self._thresholds.share, f"opened their shares of {self._attempt.cohort[sender]!r}"
+            )
+            groups.setdefault(tuple(sorted(given)[: self._thresholds.share]), []).append(sender)
+        return [(senders, holders) for holders, senders in groups.items()]
 
-    def _seeds_of(self, sender: int) -> tuple[int, ...]:
-        """What is rebuilt of a survivor: its self-mask seed (named by itself) and those of pairs with the dropped."""
-        return (sender, *self._dropped(sender))
-
-    def _rebuild(self, sender: int) -> list[bytes]:
-        given = self._shares.get(sender, {})
-        name = self._attempt.cohort[sender]
-        self._check_enough(len(given), self._thresholds.share, f"opened their shares of {name!r}")
-        holders = sorted(given)[: self._thresholds.share]
+    def _rebuild(self, senders: Sequence[int], holders: Sequence[int]) -> list[bytes]:
+        """Of each sender its self-mask seed, then those of its pairs with the dropped."""
         try:
-            rows = np.stack([shamir.from_bytes(given[holder]) for holder in holders])
-            secrets = shamir.rebuild(rows, holders)
+            parts = [b"".join(self._shares[sender][holder] for sender in senders) for holder in holders]
+            secrets = shamir.rebuild(np.stack([shamir.from_bytes(part) for part in parts]), holders)
         except ProtocolError as error:
+            if len(senders) > 1:  # find out whose
+                return [seed for sender in senders for seed in self._rebuild([sender], holders)]
+            name = self._attempt.cohort[senders[0]]
             raise RoundAborted(f"what {name!r} shared cannot be rebuilt: {error}") from None
         return [secret.tobytes() for secret in secrets]
 

@@ -55,7 +55,7 @@ class RunTerms:
 
     @staticmethod
     def of(plan: Plan, run_id: str, roster_hash: str, dimension: int, noise_multiplier: float) -> RunTerms:
-        """What a plan says of a model of `dimension` parameters.
+        """What a plan says of a model of `dimension` trainable parameters.
 
         Raises:
             PlanError: the plan does without secure aggregation.
@@ -69,7 +69,7 @@ class RunTerms:
             roster_hash=roster_hash,
             mode=spec.mode,
             bits=spec.bits,
-            dimension=dimension,
+            dimension=dimension + plan.extra_coordinates,
             minimum=plan.cohort.minimum,
             colluders=plan.cohort.colluders,
             size=plan.cohort.size,

@@ -69,13 +69,19 @@ class FlowerSecAgg:
     trips: int
 
 
-def measure_flower_secagg(clients: int, dimension: int, dropped: int, seed: int = 0) -> FlowerSecAgg:
+def measure_flower_secagg(
+    clients: int, dimension: int, dropped: int, seed: int = 0, *, shares: int | None = None
+) -> FlowerSecAgg:
     """One weighted average of `clients` vectors, of which `dropped` keep silent once keys are shared.
+
+    `shares` is Flower's `num_shares` as a number: a client has one neighbour less. Without it all are neighbours.
 
     Raises:
         PlanError: a number is out of range.
         Aborted: Flower gave up, since too few clients were left, or its average is wrong.
     """
+    if shares is not None and not 3 <= shares <= clients:
+        raise PlanError(f"Flower's SecAgg+ cannot give {shares} shares to {clients} clients")
     if clients < 2 or dimension < 1 or not 0 <= dropped < clients:
         raise PlanError(f"Flower's SecAgg+ cannot add {clients} vectors of {dimension} values with {dropped} dropped")
     everyone = [_Client(index + 1, dimension, seed) for index in range(clients)]
@@ -83,7 +89,7 @@ def measure_flower_secagg(clients: int, dimension: int, dropped: int, seed: int 
     wire = _Wire(everyone, silent={client.node for client in everyone[clients - dropped :]})
     _be_a_server_process()
     context = _server_context(wire, everyone)
-    workflow = SecAggPlusWorkflow(_SHARES, _THRESHOLD)
+    workflow = SecAggPlusWorkflow(_SHARES if shares is None else shares, _THRESHOLD)
     with _quiet():
         started = time.process_time()
         workflow(cast(Grid, wire), context)

@@ -1,0 +1,1 @@
+"""A symbolic model of secure aggregation, explored exhaustively."""
