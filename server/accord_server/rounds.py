@@ -159,15 +159,7 @@ class Coordinator:
             if self._folder is not None:
                 self._folder.begin_attempt(number, attempt)
             cohort = choose_cohort(self._plan, exchange.sites(), number, attempt)
-            request = TrainRequest(
-                protocol=PROTOCOL_VERSION,
-                run_id=self.run_id,
-                plan_hash=self._hash,
-                round=number,
-                attempt=attempt,
-                weights=self._state.weights.astype(np.float32),
-            )
-            aggregate = self._aggregation.collect(request, cohort, exchange)
+            aggregate = self._aggregation.collect(self._request(number, attempt), cohort, exchange)
             uploaded += aggregate.upload_bytes
             downloaded += aggregate.download_bytes
             trips += aggregate.trips
@@ -186,15 +178,25 @@ class Coordinator:
                     released=_released(aggregate.total[len(self._state.weights) :]),
                 )
                 return aggregate, report
-            if aggregate.exhausted and len(set(exchange.sites()) - aggregate.exhausted) < self._plan.cohort.minimum:
-                log.info("round %d: %d sites have released all they may", number, len(aggregate.exhausted))
-                return None
-            if len(exchange.sites()) < self._plan.cohort.minimum:
+            if len(set(exchange.sites()) - aggregate.exhausted) < self._plan.cohort.minimum:
                 break
+        if aggregate.exhausted and number > self._plan.rounds_per_site:
+            log.info("round %d: %d sites have released all they may: the run ends", number, len(aggregate.exhausted))
+            return None  # make-up rounds are run as far as they go
         reasons = sorted(set(aggregate.failures.values()))[:2]
         raise RoundAborted(
             f"round {number}: {len(aggregate.survivors)} of {len(cohort)} sites finished in the last of "
             f"{attempt - first + 1} attempts, cohort.minimum is {self._plan.cohort.minimum} ({'; '.join(reasons)})"
+        )
+
+    def _request(self, number: int, attempt: int) -> TrainRequest:
+        return TrainRequest(
+            protocol=PROTOCOL_VERSION,
+            run_id=self.run_id,
+            plan_hash=self._hash,
+            round=number,
+            attempt=attempt,
+            weights=self._state.weights.astype(np.float32),
         )
 
     def _count_forfeits(self, aggregate: Aggregate, number: int) -> None:

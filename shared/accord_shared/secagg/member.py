@@ -220,7 +220,7 @@ class Member:
         reduce_words(words, self._terms.bits)
         sealed = self._deal(current, [self_mask, *(seeds[index] for index in partners)])
         payload = pack(words, self._terms.bits)
-        next_bundle = self._renew()
+        next_bundle = self.bundle if len(self._bundles) > 1 else self._renew()  # a lost upload's is offered again
         signed = attempt.upload_bytes(self._name, hashlib.sha256(payload.data).digest(), sealed, next_bundle)
         return MaskedUpload(
             run_id=self._terms.run_id,
