@@ -6,6 +6,7 @@ same objects in processes of their own and talks to them by the same interface.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import Protocol
 
@@ -64,6 +65,7 @@ class LocalMembers:
     def __init__(self, name: str, identity: Identity, roster: Roster) -> None:
         self._name, self._identity, self._roster = name, identity, roster
         self._members: OrderedDict[str, tuple[RunTerms, Member]] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def roster(self) -> Roster:
@@ -93,13 +95,14 @@ class LocalMembers:
         return known[1]
 
     def answer(self, request: SideRequest) -> Message:
-        """Choose neighbours, introduce, or sign."""
+        """Choose neighbours, introduce, or sign: one at a time, or two threads could choose or sign twice."""
         member = self._member(request.run_id)
-        if isinstance(request, NeighbourRequest):
-            return member.choose(request)
-        if isinstance(request, IntroduceRequest):
-            return member.introduce(request)
-        return member.sign(request)
+        with self._lock:
+            if isinstance(request, NeighbourRequest):
+                return member.choose(request)
+            if isinstance(request, IntroduceRequest):
+                return member.introduce(request)
+            return member.sign(request)
 
     def accept(self, request: MaskRequest, model_hash: str) -> None:
         """Trip 1, before training."""

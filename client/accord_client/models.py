@@ -387,8 +387,8 @@ def _layout(module: nn.Module, prefix: str = "") -> Layout:
 
 
 def _load(module: nn.Module, vector: Vector) -> None:
-    parameters = [parameter for _, parameter in _trainable(module)]
-    parts = torch.split(torch.from_numpy(vector), [parameter.numel() for parameter in parameters])
+    parameters = [parameter for _, parameter in _trainable(module)]  # a vector off the wire is read-only
+    parts = torch.split(torch.from_numpy(np.array(vector)), [parameter.numel() for parameter in parameters])
     with torch.no_grad():
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.copy_(part.view_as(parameter))

@@ -124,8 +124,7 @@ class Site:
         plan = Plan.from_json(enquiry.plan_json)
         if plan.hash != enquiry.plan_hash:
             raise ProtocolError("the plan does not have the hash that came with it")
-        if plan.privacy.noise == "none" and not self._accept_without_privacy:
-            raise PlanError('privacy.noise = "none": this site does not train without privacy')
+        self._check_policy(plan)
         if plan.privacy.noise in ("cohort", "participant"):
             raise PlanError(f'privacy.noise = "{plan.privacy.noise}" is not implemented at this site')
         credential, bundle = self._join_secured(enquiry, plan)
@@ -135,12 +134,7 @@ class Site:
 
     def _join_secured(self, enquiry: Enquiry, plan: Plan) -> tuple[bytes, bytes]:
         """The keys of this site for the run; empty where the plan does without secure aggregation."""
-        mode = plan.secure_aggregation.mode
-        if _STRENGTH[mode] < _STRENGTH[self._least_secure_aggregation]:
-            raise PlanError(
-                f'secure_aggregation.mode = "{mode}": this site asks for "{self._least_secure_aggregation}"'
-            )
-        if mode == "off":
+        if plan.secure_aggregation.mode == "off":
             return b"", b""
         roster = self._secured().roster
         if enquiry.roster_hash != roster.hash:
@@ -151,6 +145,14 @@ class Site:
                 f"weaker than the roster's {roster.minimum} and {roster.colluders}"
             )
         return self._secured().join(self._terms(plan, enquiry.run_id))
+
+    def _check_policy(self, plan: Plan) -> None:
+        """The operator's terms, asked at every use: a plan may have been joined on others before a restart."""
+        mode, least = plan.secure_aggregation.mode, self._least_secure_aggregation
+        if plan.privacy.noise == "none" and not self._accept_without_privacy:
+            raise PlanError('privacy.noise = "none": this site does not train without privacy')
+        if _STRENGTH[mode] < _STRENGTH[least]:
+            raise PlanError(f'secure_aggregation.mode = "{mode}": this site asks for "{least}"')
 
     def _terms(self, plan: Plan, run_id: str) -> RunTerms:
         dimension = self._workspace_of(plan).model.layout.dimension
@@ -189,10 +191,14 @@ class Site:
             spent = self._store.releases(request.plan_hash)
             if request.round <= spent.opened_round:
                 raise RoundOpened(f"round {spent.opened_round} was opened")
+            if (request.round, request.attempt) <= (spent.last_round, spent.last_attempt):
+                raise ProtocolError(f"R2: attempt {request.attempt} of round {request.round} is past")
             if request.round == spent.last_round and not set(request.cohort) <= set(spent.last_cohort):
                 raise ProtocolError("R2: a further attempt asks sites that were not in the first")
             self._secured().accept(request, request.model_hash)
             update = self._update(request, plan, spent)
+            if request.round == spent.last_round:
+                self._store.note_attempt(request.plan_hash, request.attempt)
             encoding = self._terms(plan, request.run_id).encoding
             return self._secured().mask(request.run_id, encode(update, encoding, self._generator))
 
@@ -200,12 +206,16 @@ class Site:
         """Trip 3: durable before the first share leaves (R10)."""
         with self._store.exclusive():
             plan_hash = self._secured().check_opening(request)
+            spent = self._store.releases(plan_hash)
+            if (request.round, request.attempt) != (spent.last_round, spent.last_attempt):
+                raise ProtocolError("R2: a later attempt was answered, in another run or process")
             self._store.note_opened(plan_hash, request.round)
             return self._secured().open(request)
 
     def _plan_of(self, request: TrainRequest | MaskRequest) -> Plan:
         _check_version(request.protocol)
         plan = self._plan(request.plan_hash)
+        self._check_policy(plan)
         if not 1 <= request.round <= plan.run.rounds:
             raise ProtocolError(f"round {request.round} of a plan of {plan.run.rounds} rounds")
         return plan
@@ -249,7 +259,9 @@ class Site:
         result = train(workspace.model, records, plan.local, request.weights, **noise)
         update = np.concatenate([result.update, counts])
         cohort = request.cohort if isinstance(request, MaskRequest) else ()
-        self._store.release(request.plan_hash, request.round, request.model_hash, update, event, cohort)
+        self._store.release(
+            request.plan_hash, request.round, request.model_hash, update, event, cohort, request.attempt
+        )
         return update
 
     def _records(self, plan: Plan, workspace: Workspace) -> tuple[Batches, Batches | None]:

@@ -38,6 +38,8 @@ class Releases:
     """File name and SHA-256 of the update that was released last."""
     last_cohort: tuple[str, ...] = ()
     """Under secure aggregation: the cohort of the last round's first attempt."""
+    last_attempt: int = 0
+    """The last attempt of the last round that the update was masked for, in any run or process."""
     opened_round: int = 0
     """The last round of which this site helped to open a sum."""
     events: tuple[Event, ...] = field(default_factory=tuple)
@@ -53,6 +55,8 @@ class Releases:
             raise ValueError("no name of an update")
         if type(self.opened_round) is not int or not all(isinstance(name, str) for name in self.last_cohort):
             raise ValueError("no cohort or opened round")
+        if type(self.last_attempt) is not int:
+            raise ValueError("no attempt")
 
     @property
     def steps(self) -> int:
@@ -119,6 +123,7 @@ class SiteStore:
         update: Vector,
         event: Event | None,
         cohort: tuple[str, ...] = (),
+        attempt: int = 0,
     ) -> Releases:
         """Store the finished update, then charge it; only after that may it be sent."""
         make_folder(self._folder)
@@ -136,10 +141,15 @@ class SiteStore:
             last_update=name,
             last_digest=hashlib.sha256(data).hexdigest(),
             last_cohort=cohort,
+            last_attempt=attempt,
             events=merge([*before.events, *([event] if event else [])]),
         )
         self._write(plan_hash, after)
         return after
+
+    def note_attempt(self, plan_hash: str, attempt: int) -> None:
+        """Durably: the update of the last round is masked for this attempt, so no earlier one is opened any more."""
+        self._write(plan_hash, replace(self.releases(plan_hash), last_attempt=attempt))
 
     def note_opened(self, plan_hash: str, round_number: int) -> None:
         """Durably: this site helps to open a sum of the round, so it joins no other attempt of it."""

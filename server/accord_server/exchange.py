@@ -78,4 +78,6 @@ class LocalExchange:
                 reply = self._handlers[site](request)
             except AccordError as error:
                 reply = Refusal.of(error)
+            if isinstance(reply, Joined):
+                self.joined[site] = reply
             yield site, Failure.of(reply) if isinstance(reply, Refusal) else reply

@@ -14,7 +14,7 @@ from accord_server.aggregation import Aggregate
 from accord_server.exchange import Exchange, Failure
 from accord_server.membership import Membership
 from accord_shared import PROTOCOL_VERSION
-from accord_shared.errors import AccordError, BudgetExhausted, ProtocolError, RoundOpened, SessionLost
+from accord_shared.errors import AccordError, BudgetExhausted, Interrupted, ProtocolError, RoundOpened, SessionLost
 from accord_shared.messages import MaskedUpload, MaskRequest, Message, Opened, SurvivorsSigned, TrainRequest
 from accord_shared.plan import Plan
 from accord_shared.quantize import decode
@@ -43,6 +43,8 @@ class SecureAggregation:
         self._terms = RunTerms.of(plan, "", roster.hash, dimension, noise_multiplier)
         self._membership = Membership(roster)
         self._exhausted: set[str] = set()
+        self._asked: tuple[int, tuple[str, ...]] = (0, ())
+        """The last round whose updates were asked for, and the cohort of its first attempt."""
         self.trips = 3 if self._terms.mode == "malicious" else 2
 
     def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
@@ -52,7 +54,7 @@ class SecureAggregation:
         opening = False
         total, survivors = np.zeros(0), tuple[str, ...]()
         try:
-            members = self._members(cohort, trips)
+            members = self._members(self._allowed(request.round, cohort), trips)
             attempt = self._begin(request, members)
             collector = self._collector(attempt)
             self._collect_uploads(attempt, request, collector, trips)
@@ -65,6 +67,8 @@ class SecureAggregation:
             trips.gather(attempt.cohort, openings, Opened, collector.add_opening)
             total = decode(collector.finish(threads=self._threads), self._terms.encoding, len(collector.survivors))
             survivors = tuple(members[index] for index in collector.survivors)
+        except Interrupted:
+            raise
         except AccordError as error:
             trips.failures["the attempt"] = f"{type(error).__name__}: {error}"
         return self._aggregate(total, survivors, trips, opening=opening)
@@ -83,6 +87,11 @@ class SecureAggregation:
             exhausted=frozenset(self._exhausted),
             forfeited=not survivors and (opening or bool(trips.refused[RoundOpened.__name__])),
         )
+
+    def _allowed(self, number: int, cohort: tuple[str, ...]) -> tuple[str, ...]:
+        """In a further attempt of a round only the sites of the first: the others' presence would be refused (R2)."""
+        asked, first = self._asked
+        return first if number == asked else cohort
 
     def _members(self, cohort: Sequence[str], trips: _Trips) -> tuple[str, ...]:
         """The cohort's sites that are ready; waits for introductions only where too few are."""
@@ -138,6 +147,8 @@ class SecureAggregation:
             introductions=(),
             weights=request.weights,
         )
+        if request.round != self._asked[0]:
+            self._asked = (request.round, attempt.cohort)
         told = {name: dict(self._membership[name].waiting) for name in attempt.cohort}
         requests = {index: _with_introductions(plain, told[name]) for index, name in enumerate(attempt.cohort)}
 

@@ -24,7 +24,7 @@ Words = npt.NDArray[Any]
 """Unsigned little-endian words [d] of the least width that holds b bits."""
 Bytes = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
-_CHUNK = 1 << 15
+_CHUNK = 1 << 16
 """Coordinates worked on at a time, so that they stay in cache; a multiple of 8, for bit planes."""
 _COIN_BITS = 16
 _NARROW = 47
@@ -107,7 +107,7 @@ class Encoding:
         """
         return self.sites * self.reach
 
-    @property
+    @cached_property
     def clamp(self) -> float:
         """The largest double up to A·s: scaled values are clamped to it, so that no rounding exceeds `reach`."""
         nearest = float(self._largest)
@@ -219,7 +219,8 @@ def _signed(words: Words, bits: int) -> npt.NDArray[np.signedinteger[Any]]:
     """`words` mod 2^`bits` as integers of [-2^(bits-1), 2^(bits-1)), of the same width."""
     spare = 8 * words.itemsize - bits
     signed: npt.NDArray[np.signedinteger[Any]] = np.left_shift(words, spare).view(f"<i{words.itemsize}")
-    return np.right_shift(signed, spare, out=signed)
+    signed >>= spare
+    return signed
 
 
 def _planes(bits: int) -> list[int]:

@@ -270,15 +270,22 @@ def scenarios(as_json: _Json = False) -> None:
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="dp-step or simulation.")],
+    name: Annotated[str, typer.Argument(help="dp-step, simulation or secagg.")],
+    clients: Annotated[int | None, typer.Option(help="secagg: sites of the cohort.")] = None,
+    dim: Annotated[int | None, typer.Option(help="secagg: values of an update.")] = None,
+    drop: Annotated[int | None, typer.Option(help="secagg: sites that drop out before they upload.")] = None,
+    bits: Annotated[int | None, typer.Option(help="secagg: bits of the modulus.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="dp-step, secagg: how often it is measured.")] = None,
+    peer: Annotated[str | None, typer.Option(help="secagg: flower or none.")] = None,
     as_json: _Json = False,
     sets: _Set = None,
 ) -> None:
-    """Measure Accord beside its peers in the same run."""
+    """Measure Accord beside its peers in the same run. Any setting of a benchmark can be given with --set."""
     from accord_simulations.bench import run_benchmark
 
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    result = run_benchmark(name, merge_changes({}, sets), _say)
+    options = {"clients": clients, "dim": dim, "drop": drop, "bits": bits, "repeats": repeats, "peer": peer}
+    result = run_benchmark(name, merge_changes(options, sets), _say)
     if as_json:
         typer.echo(json.dumps(result))
         return

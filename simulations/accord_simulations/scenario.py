@@ -232,7 +232,7 @@ def _with_makeup_rounds(table: dict[str, Any], scenario: Scenario, changes: Mapp
     of rounds stands as it is.
     """
     mode = table.get("secure_aggregation", {}).get("mode", "malicious")
-    kept = 1.0 - scenario.faults.dropout / (TRIPS[mode] if scenario.faults.dropout_at == "any" else 1)
+    kept = 1.0 - scenario.faults.dropout / (TRIPS.get(mode, 1) if scenario.faults.dropout_at == "any" else 1)
     run = table.get("run", {})
     if kept == 1.0 or "run.rounds" in changes or "rounds_per_site" in run or not isinstance(run.get("rounds"), int):
         return table

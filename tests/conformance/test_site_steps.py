@@ -165,7 +165,7 @@ def test_a_record_whose_gradient_is_nan_adds_nothing_and_is_counted(
     workspace = other.workspace(plan)
     broken = workspace.batches(other.examples)
     broken.features[5] = torch.nan  # type: ignore[attr-defined]
-    site._batches[plan.hash] = broken
+    site._batches[plan.hash] = (broken, None)
     poisoned = trained(ask(site, plan, other, 1)).update
     assert [result.rejected for result in results] == [0, 1]
     assert np.isfinite(poisoned).all()
@@ -204,7 +204,8 @@ def test_noise_that_this_site_cannot_add_is_refused(noise: str, tmp_path: Path) 
     """Until secure aggregation is there, no site may send under a promise that nobody keeps."""
     from conformance.lab import join
 
-    lab, plan = Lab(tmp_path), lab_plan({"privacy.noise": noise, "secure_aggregation.mode": "malicious"})
+    secure = {"secure_aggregation.mode": "malicious", "cohort.size": 3, "cohort.minimum": 3}
+    lab, plan = Lab(tmp_path), lab_plan({"privacy.noise": noise, **secure})
     site = lab.site()
     answers = [join(site, plan), ask(site, plan, lab, 1)]
     assert isinstance(answers[1], Refusal)

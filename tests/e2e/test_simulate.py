@@ -139,13 +139,28 @@ def test_dropouts_and_crashes_are_survived_and_counted(cache: Path, tmp_path: Pa
     crash = "faults.crashes=[{participant = 1, round = 2}]"
     summary = simulate(
         cache, tmp_path / "run", "--rounds", "8", "--dropout", "0.25", "--set", crash, "--set", "faults.slow=0.25",
-        "--set", "faults.slow_s=0.1",
+        "--set", "faults.slow_s=0.1", "--secure-aggregation", "off",
     )  # fmt: skip
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     survivors = [entry["survivors"] for entry in report["rounds"]]
     assert set(survivors) <= {2, 3}
     released = [participant["rounds_released"] for participant in report["participants"]]
     assert sum(released) in (sum(survivors), sum(survivors) + 1)  # who crashed after training was charged
+    assert summary["epsilon"] <= 8.0  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("mode", "trips"), [("malicious", 3), ("semi_honest", 2)])
+def test_secure_rounds_survive_losses_at_any_trip(mode: str, trips: int, cache: Path, tmp_path: Path) -> None:
+    summary = simulate(
+        cache, tmp_path / "run", "--rounds", "10", "--dropout", "0.3", "--secure-aggregation", mode,
+        "--participants", "7",
+    )  # fmt: skip
+    rounds = json.loads((tmp_path / "run" / "report.json").read_text())["rounds"]
+    assert [entry["trips"] for entry in rounds[1:]] == [trips] * 9
+    assert all(entry["survivors"] >= 5 for entry in rounds)
+    assert any(entry["survivors"] < 7 for entry in rounds)
+    assert summary["aborted_attempts"] == 0
+    assert summary["secure_aggregation"] == mode
     assert summary["epsilon"] <= 8.0  # type: ignore[operator]
 
 
@@ -167,7 +182,7 @@ def test_below_the_minimum_a_run_aborts_and_can_be_resumed(cache: Path, tmp_path
     out = tmp_path / "run"
     refused = simulate(
         cache, out, "--rounds", "3", "--dropout", "0.5", "--set", "cohort.minimum=4", "--set",
-        "run.max_extra_attempts=1", code=3,
+        "run.max_extra_attempts=1", "--secure-aggregation", "off", code=3,
     )  # fmt: skip
     assert "cohort.minimum is 4" in str(refused["stderr"])
     assert "Traceback" not in str(refused["stderr"])
@@ -179,7 +194,8 @@ BAD = [
     (["--epsilon", "0.0000001", "--set", "privacy.delta=1e-15"], "too small"),
     (["--noise", "none", "--epsilon", "3"], "contradicts"),
     (["--noise", "cohort"], "not in this version"),
-    (["--secure-aggregation", "malicious"], "not in this version"),
+    (["--secure-aggregation", "perhaps"], "secure_aggregation.mode"),
+    (["--participants", "2", "--set", "privacy.noise='none'"], "cohort.size = 2"),
     (["--participants", "100000"], "participants"),
     (["--partition", "dirichlet:-1"], "dirichlet"),
     (["--compare", "nothing"], "--compare"),

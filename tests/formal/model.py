@@ -13,18 +13,19 @@ with nobody; where *both* were forged, the coordinator has it. A sealed share op
 same equality. A signature is the tuple (signer, ctx, U).
 
 **What the coordinator computes.** An upload is y_u = x_u + b_u ± Σ s_uv. A seed is known if t_share holders opened
-their shares of it (corrupt ones always have), or if the coordinator has the key. Each b_u masks one upload and each s_uv
-at most two, with opposite signs. Drop uploads with an unknown b_u; draw an edge for each unknown s_uv between the two
-uploads that it masks. The combinations of updates that can be computed are the left kernel of this graph's incidence
-matrix: spanned by *the sums over components*, without those in which a seed leads nowhere. `sums` finds these components.
+their shares of it (corrupt ones always have), or if the coordinator has the key. Each b_u masks one upload and each
+s_uv at most two, with opposite signs. Drop uploads with an unknown b_u; draw an edge for each unknown s_uv between the
+two uploads that it masks. The combinations of updates that can be computed are the left kernel of this graph's
+incidence matrix: spanned by *the sums over components*, without those in which a seed leads nowhere. `sums` finds them.
 
 **Without loss of generality** the coordinator passes on every genuine blob and all signatures that it has (more
 knowledge never hurts it, and no check of a site refuses more of them), uploads are learned at once, and honest sites
 are interchangeable (states that differ by a renaming are one).
 
 **Limits.** A few sites, two attempts, one corrupt site fixed in advance, complete graph. Nothing about computation,
-guessing, wrong shares by corrupt sites (they spoil a sum), lengths, timing, or the code: `tests/adversarial` attacks that. A site
-that restarts is one that the coordinator no longer asks; only what it must not forget (R10) is modelled.
+guessing, wrong shares by corrupt sites (they spoil a sum), lengths, timing, or the code (`tests/adversarial`). A site
+that restarts is one that the coordinator no longer asks; only what it must not forget (R10) is modelled. R1 and R6 and
+most of R3 are about public constants, which the model has only one of.
 
 Each rule of section 8 that can be violated by a message is a switch in `RULES`: without it, the model has to find
 an attack, or show that the others are enough.
@@ -35,7 +36,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import combinations, permutations, product
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ class View(NamedTuple):
 
 
 class Site(NamedTuple):
-    """An honest site. `done` holds all that it ever sent: ("upload", view), ("sign" or "open", view, U)."""
+    """An honest site. `done` is all that it ever sent: ("upload" or "again", view), ("sign" or "open", view, U)."""
 
     last: int = -1
     opened: Set = frozenset()
@@ -224,7 +225,7 @@ def uploads(world: World, who: int, site: Site) -> Iterator[tuple[str, Site]]:
     """Trip 1; whatever attempt was open is abandoned."""
     for view in world.views:
         if accepts(world, who, site, view):
-            done = site.done | {("upload", view)}
+            done = site.done | {("again" if ("upload", view) in site.done else "upload", view)}
             yield f"upload {_shown(view)}", Site(max(site.last, view.ctx.slot), site.opened, view, None, done)
 
 
@@ -280,7 +281,7 @@ def steps(world: World, state: State) -> Iterator[Step]:
         if not world.has("R10 durable") and site.opened:
             moves.append(("restart", site._replace(opened=frozenset(), view=None, signed=None)))
         for what, after in moves:
-            yield f"{_letter(who)}: {what}", (*state[:who], after, *state[who + 1 :])
+            yield f"{_name(who)}: {what}", (*state[:who], after, *state[who + 1 :])
 
 
 # --- what the coordinator then knows
@@ -302,8 +303,14 @@ def seed(world: World, who: int, peer: int, view: View) -> tuple[object, ...] | 
 Upload = tuple[int, View]
 
 
-def sums(world: World, state: State) -> list[Set]:
-    """The minimal sums that the coordinator computes of the updates of each round: sets of uploads (module docstring)."""
+def sums(world: World, state: State) -> tuple[Set, ...]:
+    """The least sums of updates that the coordinator computes (module docstring), each as the set of its sites."""
+    return _sums(world, tuple(frozenset(e for e in site.done if e[0] in ("upload", "open")) for site in state))
+
+
+@lru_cache(maxsize=1 << 14)
+def _sums(world: World, done: tuple[frozenset[Any], ...]) -> tuple[Set, ...]:
+    state = tuple(Site(done=events) for events in done)
     sent: list[Upload] = [(who, event[1]) for who, site in enumerate(state) for event in site.sent("upload")]
     known = _known(world, state, sent)
     plain = [upload for upload in sent if ("self", *upload) in known]
@@ -318,7 +325,7 @@ def sums(world: World, state: State) -> list[Set]:
             odd |= masks[each]
         parts.append((part, odd))
     whole = [part for part, odd in parts if all(sum(mask in masks[u] for u in part) == 2 for mask in odd)]
-    return [frozenset(who for who, _ in part) for part in whole]
+    return tuple(frozenset(who for who, _ in part) for part in whole)
 
 
 def _masks(world: World, upload: Upload) -> set[object]:
@@ -372,20 +379,20 @@ def authentic(world: World, state: State) -> None:
         for _, view in site.sent("upload"):
             peers = [peer for peer in view.ctx.cohort if world.is_honest(peer)]
             if any(view.ctx.bundles[peer] != GENUINE for peer in peers):
-                raise Broken(f"{_letter(who)} uses a key that was not made for it")
+                raise Broken(f"{_name(who)} uses a key that was not made for it")
             if any(view.introduced[peer] != GENUINE for peer in peers if peer != who):
-                raise Broken(f"{_letter(who)} has a secret that its peer did not make")
+                raise Broken(f"{_name(who)} has a secret that its peer did not make")
 
 
 def fresh(world: World, state: State) -> None:
     """Nobody masks two uploads under one context, and a signature counts in its own attempt only."""
     for who, site in enumerate(state):
-        if site.view is not None and site.view.ctx.slot < site.last:
-            raise Broken(f"{_letter(who)} returned to an attempt of the past")
+        if any(site.sent("again")):
+            raise Broken(f"{_name(who)} masks twice with the same seeds")
         for _, view, survivors in site.sent("open"):
             for signer in signers(world, state, view.ctx, survivors) & set(range(world.honest)):
                 if not any(v.ctx == view.ctx and u == survivors for _, v, u in state[signer].sent("sign")):
-                    raise Broken(f"{_letter(signer)}'s signature of another attempt was accepted")
+                    raise Broken(f"{_name(signer)}'s signature of another attempt was accepted")
 
 
 def one_set(world: World, state: State) -> None:
@@ -410,7 +417,7 @@ def one_sum(world: World, state: State) -> None:
         only = tuple(_in_round(world, site, around) for site in state)
         parts = sums(world, only)
         for one, other in combinations(parts, 2):
-            if one & other:
+            if one & other and one != other:
                 raise Broken(f"two sums of one round: {_named(one)} and {_named(other)}")
 
 
@@ -451,7 +458,6 @@ def explore(world: World, invariants: tuple[Invariant, ...] = INVARIANTS) -> Res
     """All reachable states, breadth first; a shortest attack, if any."""
     start: State = (Site(),) * world.honest
     canonical = _canonical(world)
-    check = _checker(world, invariants)
     paths: dict[tuple[int, ...], tuple[tuple[int, ...] | None, str]] = {canonical(start): (None, "")}
     queue = deque([(start, canonical(start))])
     taken, learned = 0, set[Set]()
@@ -464,34 +470,28 @@ def explore(world: World, invariants: tuple[Invariant, ...] = INVARIANTS) -> Res
                 continue
             paths[name] = (key, what)
             try:
-                learned |= check(after)
+                _check(world, invariants, after)
             except Broken as broken:
                 invariant, said = broken.args
                 return Result(len(paths), taken, frozenset(learned), Attack(invariant, said, _trace(paths, name)))
+            learned |= set(sums(world, after))
             queue.append((after, name))
     return Result(len(paths), taken, frozenset(learned), None)
 
 
-def _checker(world: World, invariants: tuple[Invariant, ...]) -> Callable[[State], frozenset[Set]]:
-    """Checks a state; what it depends on is all that was sent, and for R2 where a site is now."""
-
-    @lru_cache(maxsize=None)
-    def check(state: State) -> frozenset[Set]:
-        for invariant in invariants:
-            try:
-                invariant(world, state)
-            except Broken as broken:
-                raise Broken(invariant.__name__, str(broken)) from None
-        return frozenset(sums(world, state))
-
-    return check
+def _check(world: World, invariants: tuple[Invariant, ...], state: State) -> None:
+    for invariant in invariants:
+        try:
+            invariant(world, state)
+        except Broken as broken:
+            raise Broken(invariant.__name__, str(broken)) from None
 
 
 def _canonical(world: World) -> Callable[[State], tuple[int, ...]]:
     """The least of a state's renamings, as numbers of interned sites."""
     numbers: dict[Site, int] = {}
 
-    @lru_cache(maxsize=None)
+    @cache
     def number(site: Site, p: tuple[int, ...]) -> int:
         return numbers.setdefault(_renamed_site(site, p), len(numbers))
 
@@ -512,7 +512,7 @@ def _renamed_site(site: Site, p: tuple[int, ...]) -> Site:
     return Site(site.last, site.opened, view, of(site.signed), done)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _renamed_view(view: View, p: tuple[int, ...]) -> View:
     def moved(values: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(value for _, value in sorted(zip(p, values, strict=False)))
@@ -533,8 +533,8 @@ def _trace(paths: dict[tuple[int, ...], tuple[tuple[int, ...] | None, str]], at:
     return tuple(said[-2::-1])
 
 
-def _letter(site: int) -> str:
-    return "ABDEFGH"[site]
+def _name(site: int) -> str:
+    return f"site {site}"
 
 
 def _named(sites: Set) -> str:
@@ -543,7 +543,7 @@ def _named(sites: Set) -> str:
 
 def _shown(view: View) -> str:
     tampered = [
-        f"{_letter(i)}'s {what} {value}"
+        f"{_name(i)}'s {what} {value}"
         for what, values in (("bundle", view.ctx.bundles), ("introduction", view.introduced))
         for i, value in enumerate(values)
         if value != GENUINE

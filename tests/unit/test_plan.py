@@ -61,7 +61,7 @@ def test_key_order_and_layout_do_not_change_the_hash(tmp_path: Path) -> None:
         key: dict(reversed(value.items())) if isinstance(value, dict) else value for key, value in table.items()
     }
     assert make_plan(dict(reversed(backwards.items()))).hash == plan.hash
-    sparse = {"version": 1, "task": {"labels": ["a", "b"]}, "privacy": {"epsilon": 1}, "cohort": {"size": 1}}
+    sparse = {"version": 1, "task": {"labels": ["a", "b"]}, "privacy": {"epsilon": 1}, "cohort": {"size": 3}}
     sparse |= {"run": {"name": "x", "rounds": 1}, "model": {"source": "path:m"}}
     sparse |= {"local": {"expected_records": 1, "clip_norm": 1}}
     full = make_plan(sparse)  # integers where decimals are due, defaults left out

@@ -40,12 +40,21 @@ def test_every_shipped_scenario_resolves(name: str) -> None:
 
 
 def test_dropouts_are_made_up_for_at_no_more_epsilon() -> None:
-    plan = resolved("bank-demo", {"faults.dropout": 0.3})
+    plan = resolved("bank-demo", {"faults.dropout": 0.3, "secure_aggregation.mode": "off"})
     assert (plan.run.rounds, plan.rounds_per_site) == (143, 100)
     assert noise_multiplier(plan) == noise_multiplier(resolved("bank-demo"))
     assert plan.cohort.minimum == 2
+    early = resolved("bank-demo", {"faults.dropout": 0.3, "faults.dropout_at": "upload"})
+    assert (early.run.rounds, early.rounds_per_site) == (143, 100)
     explicit = resolved("bank-demo", {"faults.dropout": 0.3, "run.rounds": 50})
     assert (explicit.run.rounds, explicit.rounds_per_site) == (50, 50)
+
+
+@pytest.mark.parametrize(("mode", "rounds"), [("malicious", 112), ("semi_honest", 118)])
+def test_of_secure_rounds_only_losses_at_the_first_trip_are_made_up_for(mode: str, rounds: int) -> None:
+    plan = resolved("bank-demo", {"faults.dropout": 0.3, "secure_aggregation.mode": mode})
+    assert (plan.run.rounds, plan.rounds_per_site) == (rounds, 100)  # 100 / (1 - 0.3 / 3), 100 / (1 - 0.3 / 2)
+    assert plan.cohort.minimum == 7  # two thirds of ten and one, and all that is left after the losses
 
 
 def test_the_learning_rate_follows_noise_and_participants() -> None:
@@ -79,6 +88,11 @@ def test_tuned_keys_apply_when_they_match_and_yield_to_the_user() -> None:
 def test_bad_scenarios_are_refused_by_name(change: dict[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         split_changes("bank-demo", change)
+
+
+def test_an_unknown_mode_is_refused_by_name() -> None:
+    with pytest.raises(PlanError, match="secure_aggregation.mode = 'perhaps'"):
+        resolved("bank-demo", {"secure_aggregation.mode": "perhaps", "faults.dropout": 0.3})
 
 
 def test_unknown_scenarios_name_the_shipped_ones() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,16 +23,43 @@ from accord_shared.errors import (
     PrivacyError,
     ProtocolError,
 )
-from accord_shared.messages import Enquiry, Joined, Message, Refusal, TrainReply, TrainRequest
+from accord_shared.messages import (
+    Enquiry,
+    Introduced,
+    IntroduceRequest,
+    Joined,
+    MaskedUpload,
+    MaskRequest,
+    Message,
+    NeighbourRequest,
+    Neighbours,
+    Opened,
+    OpenRequest,
+    Refusal,
+    SurvivorsRequest,
+    SurvivorsSigned,
+    TrainReply,
+    TrainRequest,
+)
 from accord_shared.wire import decode, encode, payload_bytes
 from conformance.lab import Lab, ask, dimension, join, lab_plan, request
 
 VECTOR = np.array([1.5, -0.0, 3e-39, 3e38], dtype=np.float32)
 MESSAGES: list[Message] = [
-    Enquiry(1, "run", "{}", "a" * 64),
-    Joined("site-ä", 1, "a" * 64),
+    Enquiry(1, "run", "{}", "a" * 64, "b" * 64),
+    Joined("site-ä", 1, "a" * 64, b"\x00credential", b"bundle\xff"),
     TrainRequest(1, "run", "a" * 64, 3, 2, VECTOR),
     TrainReply("run", 3, 2, VECTOR),
+    NeighbourRequest("run", ("bank-ä", "bank-b")),
+    Neighbours("run", (0, 7)),
+    IntroduceRequest("run", ("bank-ä",), (b"credential",)),
+    Introduced("run", (b"introduction", b"")),
+    MaskRequest(1, "run", "a" * 64, "b" * 64, 3, 2, ("a", "ä"), (b"1", b"2"), ("ä",), (b"c",), (b"i",), VECTOR),
+    MaskedUpload("run", 3, 2, np.arange(256, dtype=np.uint8), (b"sealed", b"\xff"), b"bundle", b"signature"),
+    SurvivorsRequest("run", 3, 2, (0, 1, 5)),
+    SurvivorsSigned("run", 3, 2, b"signature"),
+    OpenRequest("run", 3, 2, (0, 1), (0,), (b"signature",), (b"", b"sealed")),
+    Opened("run", 3, 2, (b"", b"shares")),
     Refusal("ProtocolError", "no"),
 ]
 FIELDS, VECTORS = "accord.fields", "accord.vectors"
@@ -49,6 +76,10 @@ def equal(one: Message, two: Message) -> bool:
             else (a == b and type(a) is type(b))
         )
     return bool(same)
+
+
+def test_every_message_is_among_them() -> None:
+    assert {type(message) for message in MESSAGES} == set(get_args(Message))
 
 
 @each_message
@@ -104,18 +135,36 @@ def test_a_record_more_is_refused(message: Message) -> None:
 def test_a_field_of_another_type_is_refused(message: Message) -> None:
     scalars, arrays = parts(message)
     for name, value in scalars.items():
-        for other in (1.5, True, b"x", [1], ["a"], "1" if isinstance(value, int) else 1):
+        for other in (1.5, True, b"x", [1], ["a"], [b"x"], [1.5], [True], "1", 1):
+            alike = type(other) is type(value) and (not isinstance(other, list) or type(other[0]) is type(value[0]))
+            if alike and name != "message":
+                continue
             with pytest.raises(ProtocolError):
                 decode(content_of({**scalars, name: other}, arrays))
+
+
+def too_much(value: Any) -> Any:
+    """A value of the same type that no message may have."""
+    if isinstance(value, list):
+        return [too_much(value[0])]
+    return (
+        1 << 60 if isinstance(value, int) else type(value)() + (b"x" if isinstance(value, bytes) else "x") * (1 << 23)
+    )
+
+
+def test_a_list_of_too_many_is_refused() -> None:
+    scalars, _ = parts(SurvivorsRequest("run", 1, 1, ()))
+    assert isinstance(decode(content_of({**scalars, "survivors": [1] * 100_000}, {})), SurvivorsRequest)
+    with pytest.raises(ProtocolError, match="too large"):
+        decode(content_of({**scalars, "survivors": [1] * 100_001}, {}))
 
 
 @each_message
 def test_fields_beyond_their_bounds_are_refused(message: Message) -> None:
     scalars, arrays = parts(message)
     for name, value in scalars.items():
-        too_much: Any = "x" * (1 << 23) if isinstance(value, str) else 1 << 60
         with pytest.raises(ProtocolError):
-            decode(content_of({**scalars, name: too_much}, arrays))
+            decode(content_of({**scalars, name: too_much(value)}, arrays))
         if isinstance(value, int):
             with pytest.raises(ProtocolError):
                 decode(content_of({**scalars, name: -1}, arrays))
@@ -176,6 +225,8 @@ def test_what_a_joining_site_emits(tmp_path: Path) -> None:
         f"{FIELDS}.site": "bank-7",
         f"{FIELDS}.protocol": PROTOCOL_VERSION,
         f"{FIELDS}.plan_hash": plan.hash,
+        f"{FIELDS}.credential": b"",
+        f"{FIELDS}.bundle": b"",
     }
 
 
@@ -203,8 +254,8 @@ def test_what_a_refusing_site_emits(tmp_path: Path) -> None:
         site.handle(request(plan, 99, weights)),
         site.handle(request(plan, 1, weights[:-1])),
         site.handle(request(plan, 1, weights + np.float32("nan"))),
-        site.handle(Enquiry(PROTOCOL_VERSION, "run", "{", "0" * 64)),
-        site.handle(Enquiry(PROTOCOL_VERSION, "run", plan.to_json(), "0" * 64)),
+        site.handle(Enquiry(PROTOCOL_VERSION, "run", "{", "0" * 64, "")),
+        site.handle(Enquiry(PROTOCOL_VERSION, "run", plan.to_json(), "0" * 64, "")),
         site.handle(TrainReply("run", 1, 1, weights)),
     ]
     for answer in answers:
@@ -278,5 +329,6 @@ def test_a_stranger_s_refusal_reads_as_a_protocol_error() -> None:
 def test_payload_bytes_count_every_field(message: Message) -> None:
     scalars, arrays = parts(message)
     scalars.pop("message")
-    expected = sum(len(str(value).encode()) for value in (getattr(message, k) for k in scalars))
+    items = [item for value in scalars.values() for item in (value if isinstance(value, list) else [value])]
+    expected = sum(len(item) if isinstance(item, bytes) else len(str(item).encode()) for item in items)
     assert payload_bytes(message) == expected + sum(len(value.data) for value in arrays.values())

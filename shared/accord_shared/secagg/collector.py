@@ -81,6 +81,8 @@ class Collector:
         signed = attempt.upload_bytes(name, payload_hash, upload.sealed, upload.next_bundle)
         verify(self._roster.member(name), signed, upload.signature)
         next_bundle = Bundle.read(upload.next_bundle, attempt.terms, self._roster.member(name))
+        if next_bundle.session != Bundle.parse(attempt.bundles[index]).session:
+            raise ProtocolError(f"the next bundle of {name!r} is of another session")  # all others would refuse it
         add_packed(self._total, upload.payload, attempt.terms.bits)
         self._sealed[index] = dict(zip(others, upload.sealed, strict=True))
         return next_bundle

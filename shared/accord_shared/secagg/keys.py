@@ -90,7 +90,7 @@ class RunTerms:
         """
         if self.sparse:
             return sparse_thresholds(sites, self.minimum, self.colluders)
-        return thresholds(sites, self.minimum, self.colluders, self.mode)
+        return thresholds(sites, self.minimum, self.colluders, self.mode, self.size)
 
     @property
     def encoding(self) -> Encoding:

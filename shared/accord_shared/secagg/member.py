@@ -286,6 +286,8 @@ class Member:
             self._check_certificate(current, request)
         else:
             self._check_survivors(current, request.survivors)
+        if len(request.sealed) != len(request.survivors):
+            raise ProtocolError(f"R8: {len(request.sealed)} sealed shares for {len(request.survivors)} survivors")
         return self._terms.plan_hash
 
     def open(self, request: OpenRequest) -> Opened:
@@ -296,8 +298,6 @@ class Member:
         """
         self.check_opening(request)
         current = self._current_for(request)
-        if len(request.sealed) != len(request.survivors):
-            raise ProtocolError(f"R8: {len(request.sealed)} sealed shares for {len(request.survivors)} survivors")
         pairs = zip(request.survivors, request.sealed, strict=True)
         shares = tuple(self._share(current, sender, blob, request.survivors) for sender, blob in pairs)
         self._opened_round = current.attempt.round
@@ -353,6 +353,8 @@ class Member:
             raise ProtocolError("R3: of a sum of two each site learns the other's part")
         if not self._terms.sparse:
             return self._terms.thresholds(count)
+        if count < self._terms.minimum:
+            raise ProtocolError(f"R3: a cohort of {count}, cohort.minimum is {self._terms.minimum}")
         if not set(self._run_names).issuperset(request.cohort):
             raise ProtocolError("R3: a site that was not there when neighbours were chosen")
         return self._terms.thresholds(len(self._run_names))

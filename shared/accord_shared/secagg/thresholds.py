@@ -5,8 +5,9 @@ lower them. With n sites, at least n_min survivors and c colluders:
 
 - 2·t_sign > n + c: two certified sets share an honest signer, who signs one set per attempt (the quorum
   intersection of Malkhi and Reiter 1998), so the survivor set is unique;
-- t_share > n + c − n_min: an opening takes more than n − n_min honest sites. None of them joins another
-  attempt of that round, so no second attempt gathers n_min sites;
+- t_share > N + c − n_min, N being the plan's cohort.size: an opening takes more than N − n_min honest sites. None of
+  them joins another attempt of that round, so no second attempt gathers n_min of the at most N sites of a first
+  cohort. (With n in the place of N two smaller cohorts of one round could overlap.)
 - t_share ≥ c + 2: colluders and one honest site rebuild nothing;
 - `semi_honest` has no signatures, so 2·t_share > n + c does there what 2·t_sign does (Bonawitz et al. 2017,
   Theorem 6.5, with corrupt users).
@@ -47,9 +48,9 @@ def signatures(n: int, colluders: int) -> int:
     return max(2 * n // 3 + 1, (n + colluders) // 2 + 1)
 
 
-def _shares(n: int, minimum: int, colluders: int, mode: Mode) -> int:
+def _shares(n: int, minimum: int, colluders: int, mode: Mode, size: int) -> int:
     quorum = n // 2 + 1 if mode == "malicious" else signatures(n, colluders)
-    return max(quorum, colluders + 2, n + colluders - minimum + 1)
+    return max(quorum, colluders + 2, size + colluders - minimum + 1)
 
 
 def require_cohort(n: int, minimum: int, colluders: int) -> None:
@@ -65,8 +66,8 @@ def require_cohort(n: int, minimum: int, colluders: int) -> None:
 
 
 @lru_cache(maxsize=1024)
-def thresholds(n: int, minimum: int, colluders: int, mode: Mode) -> Thresholds:
-    """The thresholds of a complete graph over a cohort of `n` sites.
+def thresholds(n: int, minimum: int, colluders: int, mode: Mode, size: int | None = None) -> Thresholds:
+    """The thresholds of a complete graph over a cohort of `n` sites; `size` is the plan's (None: as many).
 
     Two sites pass here; section 4 refuses them unless every update carries its own full noise, which the
     caller knows.
@@ -77,7 +78,7 @@ def thresholds(n: int, minimum: int, colluders: int, mode: Mode) -> Thresholds:
     require_cohort(n, minimum, colluders)
     small = n <= SMALL_MAX
     sign = n if small else signatures(n, colluders)
-    share = n if small else _shares(n, minimum, colluders, mode)
+    share = n if small else _shares(n, minimum, colluders, mode, size or n)
     if share > minimum:
         raise PlanError(
             f"{n} sites with {colluders} colluders need {share} answers, more than cohort.minimum = {minimum}"

@@ -56,6 +56,7 @@ def plan_of(settings: StepSettings) -> Plan:
             "local": {"expected_records": settings.batch, "clip_norm": CLIP},
             "privacy": {"noise": "site", "epsilon": 8.0},
             "cohort": {"size": 1},
+            "secure_aggregation": {"mode": "off"},
         }
     )
 

@@ -1,0 +1,1 @@
+"""Frozen vectors, and what makes them."""
