@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from accord_shared.errors import ProtocolError
 from accord_shared.messages import Enquiry, Introduced, IntroduceRequest, Joined, Message, NeighbourRequest, Neighbours
 from accord_shared.roster import Roster
-from accord_shared.secagg.keys import Bundle, Credential, RunTerms
+from accord_shared.secagg.keys import Bundle, Credential, Party, RunTerms, verify_introduction
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Membership:
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
+        self._terms: RunTerms
         self._sessions: dict[str, Session] = {}
         self._lost: set[str] = set()
         self._refused: dict[str, bytes] = {}
@@ -67,6 +68,7 @@ class Membership:
 
     def requests(self, terms: RunTerms, joined: Mapping[str, Joined], enquiry: Enquiry) -> dict[str, Message]:
         """What brings the sites that are not ready one trip further."""
+        self._terms = terms
         for name, reply in joined.items():
             self._enter(terms, name, reply)
         fresh = sorted(name for name, session in self._sessions.items() if not session.ready)
@@ -129,6 +131,8 @@ class Membership:
         return other is not None and (peer in (own or ()) or name in other)
 
     def _introduce(self, name: str, request: IntroduceRequest, reply: Introduced) -> None:
+        """Keep what `name` made for its peers; a site that made one that a peer would refuse takes no part."""
+        member = self._roster.member(name)
         if len(reply.introductions) != len(request.names):
             return
         own = self._sessions[name]
@@ -136,6 +140,13 @@ class Membership:
             other = self._sessions.get(peer)
             if other is None or other.credential != credential:
                 return  # it joined again meanwhile: `name` is asked once more
+            try:
+                verify_introduction(self._terms, introduction, member, Party(name, own.id), Party(peer, other.id))
+            except ProtocolError as error:
+                log.warning("%s is not taken in: %s", name, error)
+                self._sessions.pop(name)
+                self._refused[name] = own.credential
+                return
             own.known[peer] = other.id
             own.waiting.pop(peer, None)
             other.waiting[name] = (own.credential, introduction)

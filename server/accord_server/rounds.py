@@ -165,6 +165,9 @@ class Coordinator:
             trips += aggregate.trips
             for site, reason in aggregate.failures.items():
                 log.info("round %d attempt %d: %s: %s", number, attempt, site, reason)
+            last_of_crashed = first > 1 and attempt == first + allowed - 1
+            if last_of_crashed and not aggregate.survivors:  # what sites answered before the crash may bar others now
+                aggregate = replace(aggregate, forfeited=True)
             if aggregate.forfeited or len(aggregate.survivors) >= self._plan.cohort.minimum:
                 self._count_forfeits(aggregate, number)
                 report = RoundReport(

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from accord_server.aggregation import Aggregate
 from accord_server.exchange import Exchange, Failure
@@ -42,6 +43,7 @@ class SecureAggregation:
         self._roster, self._threads = roster, threads
         self._terms = RunTerms.of(plan, "", roster.hash, dimension, noise_multiplier)
         self._membership = Membership(roster)
+        self._private = X25519PrivateKey.generate()
         self._exhausted: set[str] = set()
         self._asked: tuple[int, tuple[str, ...]] = (0, ())
         """The last round whose updates were asked for, and the cohort of its first attempt."""
@@ -110,6 +112,7 @@ class SecureAggregation:
             cohort=members,
             bundles=tuple(self._membership[name].bundle for name in members),
             model_hash=request.model_hash,
+            coordinator=self._private.public_key().public_bytes_raw(),
             run_names=self._membership.run_names,
         )
 
@@ -130,7 +133,7 @@ class SecureAggregation:
             for index, own in enumerate(sessions)
         }
         thresholds = self._terms.thresholds(len(attempt.run_names or attempt.cohort))
-        return Collector(attempt, self._roster, thresholds, partners, holders)
+        return Collector(attempt, self._roster, thresholds, partners, holders, self._private)
 
     def _collect_uploads(self, attempt: Attempt, request: TrainRequest, collector: Collector, trips: _Trips) -> None:
         plain = MaskRequest(
@@ -142,6 +145,7 @@ class SecureAggregation:
             attempt=request.attempt,
             cohort=attempt.cohort,
             bundles=attempt.bundles,
+            coordinator=attempt.coordinator,
             peers=(),
             credentials=(),
             introductions=(),

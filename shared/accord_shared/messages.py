@@ -115,6 +115,8 @@ class MaskRequest:
     attempt: int
     cohort: tuple[str, ...]
     bundles: tuple[bytes, ...]
+    coordinator: bytes
+    """The coordinator's X25519 key of the attempt: uploads are authenticated to it."""
     peers: tuple[str, ...]
     """Peers that are new to the receiver, with their `credentials` and `introductions`."""
     credentials: tuple[bytes, ...]
@@ -137,7 +139,7 @@ class MaskedUpload:
     payload: Octets
     sealed: tuple[bytes, ...]
     next_bundle: bytes
-    signature: bytes
+    tag: bytes
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from accord_shared.secagg.member import Member
 
 PLAN, DIMENSION = "5" * 64, 24
 NAMES = tuple("abcdefg")
+COORDINATOR = X25519PrivateKey.from_private_bytes(b"coordinator".ljust(32)).public_key().public_bytes_raw()
 
 
 @lru_cache(maxsize=64)
@@ -324,6 +325,7 @@ class Run:
             attempt=attempt,
             cohort=members,
             bundles=tuple(shown.get(member, b"") for member in members),
+            coordinator=COORDINATOR,
             peers=tuple(waiting),
             credentials=tuple(entry[0] for entry in waiting.values()),
             introductions=tuple(entry[1] for entry in waiting.values()),
@@ -349,6 +351,7 @@ class Run:
             cohort=request.cohort,
             bundles=request.bundles,
             model_hash=request.model_hash,
+            coordinator=request.coordinator,
             run_names=self.run_names,
         )
         self.attempts[name, request.round, request.attempt] = view

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Removes each check in a copy of the tree and says which test notices: `python tests/adversarial/mutants.py [word]`.
 
 The tree itself is never changed. A mutant that survives ends the script with 1.
@@ -44,7 +45,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("R5 number", MEMBER, "if not len(request.peers) == len(request.credentials) == len(request.introductions):", "if False:"),
     ("R5 own peer", MEMBER, "if name == self._name:\n            raise ProtocolError(\"R5", "if False:\n            raise ProtocolError(\"R5"),
     ("R5 credential signatures", KEYS, "verify_both(member, credential.signed_bytes(terms, member.name), data[end:])", "pass"),
-    ("R5 introduction signatures", KEYS, "verify_both(member, _introduction_bytes(terms, peer, own, ciphertext), data[CIPHERTEXT_BYTES:])", "pass"),
+    ("R5 introduction signatures", KEYS, "verify_both(member, _introduction_bytes(terms, sender, receiver, ciphertext), data[CIPHERTEXT_BYTES:])", "pass"),
     ("R6 length", MEMBER, "if words.shape != (self._terms.dimension,):", "if False:"),
     ("R7 distinct", MEMBER, "list(survivors) != sorted(set(survivors)) or", ""),
     ("R7 range", MEMBER, " or not all(0 <= index < count for index in survivors)", ""),

@@ -17,6 +17,7 @@ from accord_shared.quantize import Encoding, decode, pack
 from accord_shared.roster import Roster
 from accord_shared.secagg import keys, masking
 from accord_shared.secagg.keys import Attempt
+from accord_shared.secagg.member import Member
 from accord_shared.secagg.thresholds import Thresholds
 from accord_shared.wire import decode as unwire
 from accord_shared.wire import encode as wire
@@ -51,7 +52,7 @@ def test_three_names_of_one_site_would_rebuild_all() -> None:
 @pytest.mark.parametrize("what", ["round", "attempt", "cohort", "bundles", "model_hash", "run_names", "terms"])
 def test_the_context_binds_everything(what: str) -> None:
     world = World()
-    attempt = Attempt(world.run().terms, 1, 1, ("a", "b"), (b"1", b"2"), "0" * 64, ())
+    attempt = Attempt(world.run().terms, 1, 1, ("a", "b"), (b"1", b"2"), "0" * 64, b"\x09" + bytes(31), ())
     others: dict[str, list[Any]] = {
         "round": [2],
         "attempt": [2],

@@ -58,9 +58,9 @@ CREDENTIAL_SIGNED = Removal(
     keys.Credential, "read", "verify_both(member, credential.signed_bytes(terms, member.name), data[end:])", "pass"
 )
 INTRODUCTION_SIGNED = Removal(
-    member,
-    "accept_introduction",
-    "verify_both(member, _introduction_bytes(terms, peer, own, ciphertext), data[CIPHERTEXT_BYTES:])",
+    keys,
+    "verify_introduction",
+    "verify_both(member, _introduction_bytes(terms, sender, receiver, ciphertext), data[CIPHERTEXT_BYTES:])",
     "pass",
 )
 PAIR_CONTEXT = Removal(member, "pair_keys", "attempt.context", "b''")

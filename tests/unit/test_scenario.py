@@ -91,7 +91,7 @@ def test_bad_scenarios_are_refused_by_name(change: dict[str, Any], words: str) -
 
 
 def test_an_unknown_mode_is_refused_by_name() -> None:
-    with pytest.raises(PlanError, match="secure_aggregation.mode = 'perhaps'"):
+    with pytest.raises(PlanError, match=r"secure_aggregation\.mode = 'perhaps'"):
         resolved("bank-demo", {"secure_aggregation.mode": "perhaps", "faults.dropout": 0.3})
 
 

@@ -50,7 +50,7 @@ def attempt() -> Attempt:
         bound=1.5,
         own_noise=True,
     )
-    return Attempt(terms, 1, 1, ("a", "b"), (b"x", b"y"), "22" * 32)
+    return Attempt(terms, 1, 1, ("a", "b"), (b"x", b"y"), "22" * 32, b"\x09" + bytes(31))
 
 
 @pytest.mark.parametrize("vector", VECTORS["x25519"], ids=["first", "second"])

@@ -353,8 +353,8 @@ UPLOADS: dict[str, Callable[[MaskedUpload], Message]] = {
     "flipped payload": lambda reply: replace(reply, payload=reply.payload ^ np.uint8(1)),
     "another round": lambda reply: replace(reply, round=reply.round + 1),
     "another attempt": lambda reply: replace(reply, attempt=reply.attempt + 1),
-    "bad signature": lambda reply: replace(reply, signature=flipped(reply.signature)),
-    "no signature": lambda reply: replace(reply, signature=b""),
+    "bad tag": lambda reply: replace(reply, tag=flipped(reply.tag)),
+    "no tag": lambda reply: replace(reply, tag=b""),
     "flipped share": lambda reply: replace(reply, sealed=(flipped(reply.sealed[0]), *reply.sealed[1:])),
     "swapped shares": lambda reply: replace(reply, sealed=reply.sealed[::-1]),
     "a share fewer": lambda reply: replace(reply, sealed=reply.sealed[1:]),
@@ -362,7 +362,7 @@ UPLOADS: dict[str, Callable[[MaskedUpload], Message]] = {
     "a longer share": lambda reply: replace(reply, sealed=(reply.sealed[0] + b"x", *reply.sealed[1:])),
     "no bundle": lambda reply: replace(reply, next_bundle=b""),
     "another bundle": lambda reply: replace(reply, next_bundle=flipped(reply.next_bundle)),
-    "another message": lambda reply: SurvivorsSigned(reply.run_id, reply.round, reply.attempt, reply.signature),
+    "another message": lambda reply: SurvivorsSigned(reply.run_id, reply.round, reply.attempt, reply.tag),
 }
 
 

@@ -15,6 +15,7 @@ from accord_simulations.vault import SimulatedRoster, Vault, VaultAddress, Vault
 from conformance.federation import RUN, names_of, secure_plan
 
 PLAN = secure_plan(5, {"cohort.colluders": 1, "cohort.minimum": 5})
+COORDINATOR = b"\x09" + bytes(31)
 NAMES = tuple(reversed(names_of(5)))  # the participants' order is not the roster's
 
 
@@ -73,7 +74,7 @@ def test_a_forged_roster_is_not_taken(roster: SimulatedRoster) -> None:
 def test_what_travels_to_a_vault_can_travel(roster: SimulatedRoster) -> None:
     bundles = tuple(bytes([index]) * 116 for index in range(5))
     weights = np.zeros(4, dtype=np.float32)
-    request = MaskRequest(1, RUN, "p", "r", 1, 1, tuple(sorted(NAMES)), bundles, (), (), (), weights)
+    request = MaskRequest(1, RUN, "p", "r", 1, 1, tuple(sorted(NAMES)), bundles, COORDINATOR, (), (), (), weights)
     for thing in (terms(roster), make_address(Path("folder"))):
         assert pickle.loads(pickle.dumps(thing)) == thing  # noqa: S301
     assert pickle.loads(pickle.dumps(request)).cohort == request.cohort  # noqa: S301

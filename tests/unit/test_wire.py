@@ -54,7 +54,9 @@ MESSAGES: list[Message] = [
     Neighbours("run", (0, 7)),
     IntroduceRequest("run", ("bank-ä",), (b"credential",)),
     Introduced("run", (b"introduction", b"")),
-    MaskRequest(1, "run", "a" * 64, "b" * 64, 3, 2, ("a", "ä"), (b"1", b"2"), ("ä",), (b"c",), (b"i",), VECTOR),
+    MaskRequest(
+        1, "run", "a" * 64, "b" * 64, 3, 2, ("a", "ä"), (b"1", b"2"), b"k" * 32, ("ä",), (b"c",), (b"i",), VECTOR
+    ),
     MaskedUpload("run", 3, 2, np.arange(256, dtype=np.uint8), (b"sealed", b"\xff"), b"bundle", b"signature"),
     SurvivorsRequest("run", 3, 2, (0, 1, 5)),
     SurvivorsSigned("run", 3, 2, b"signature"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from accord_shared import messages as kinds
 from accord_shared.identity import Identity
@@ -28,6 +29,8 @@ from accord_shared.secagg.member import Member
 FILE = Path(__file__).with_name("transcripts.json")
 NAMES = ("a", "b", "c", "d", "e")
 DIMENSION, BITS = 5, 20
+PRIVATE = X25519PrivateKey.from_private_bytes(bytes(range(32)))
+"""The coordinator's."""
 MODEL = np.arange(DIMENSION, dtype=np.float32) / 8
 
 
@@ -170,6 +173,7 @@ def mask_requests(
             attempt=where[1],
             cohort=cohort,
             bundles=tuple(member.bundle for member in members.values()),
+            coordinator=PRIVATE.public_key().public_bytes_raw(),
             peers=tuple(told.get(name, {})),
             credentials=tuple(members[peer].credential for peer in told.get(name, {})),
             introductions=tuple(told.get(name, {}).values()),
@@ -181,13 +185,14 @@ def mask_requests(
 
 def attempt_of(terms: RunTerms, request: MaskRequest) -> Attempt:
     """The attempt that a request begins."""
-    return Attempt(terms, request.round, request.attempt, request.cohort, request.bundles, request.model_hash)
+    shown = (request.cohort, request.bundles, request.model_hash, request.coordinator)
+    return Attempt(terms, request.round, request.attempt, *shown)
 
 
 def collector_of(terms: RunTerms, roster: Roster, request: MaskRequest) -> Collector:
     """The coordinator's side of it, on a complete graph."""
     count = len(request.cohort)
-    return Collector(attempt_of(terms, request), roster, terms.thresholds(count), *complete(count))
+    return Collector(attempt_of(terms, request), roster, terms.thresholds(count), *complete(count), PRIVATE)
 
 
 def record(mode: str, silent: int, leaves: int | None) -> dict[str, Any]:

@@ -6,10 +6,11 @@ An honest coordinator's checks protect its result; what protects the sites is in
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from accord_shared.errors import ProtocolError, RoundAborted
 from accord_shared.identity import verify
@@ -24,7 +25,7 @@ from accord_shared.quantize import add_packed, packed_bytes
 from accord_shared.roster import Roster
 from accord_shared.secagg import shamir
 from accord_shared.secagg.dealing import map_bytes
-from accord_shared.secagg.keys import TAG_BYTES, Attempt, Bundle
+from accord_shared.secagg.keys import TAG_BYTES, Attempt, Bundle, upload_key, upload_tag
 from accord_shared.secagg.masking import Words, add_masks, reduce_words, word_type
 from accord_shared.secagg.shamir import SHARE_BYTES
 from accord_shared.secagg.thresholds import SMALL_MAX, Thresholds
@@ -34,7 +35,7 @@ class Collector:
     """One attempt.
 
     `partners` gives M_u of each site as cohort indices, `holders` the holders of its secrets (itself included); both
-    ascending.
+    ascending. `private` is the key of `attempt.coordinator`.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class Collector:
         thresholds: Thresholds,
         partners: Mapping[int, Sequence[int]],
         holders: Mapping[int, Sequence[int]],
+        private: X25519PrivateKey,
     ) -> None:
-        self._attempt, self._roster, self._thresholds = attempt, roster, thresholds
+        self._attempt, self._roster, self._thresholds, self._private = attempt, roster, thresholds, private
         self._partners, self._holders = partners, holders
         terms = attempt.terms
         self._total: Words = np.zeros(terms.dimension, dtype=word_type(terms.bits))
@@ -65,7 +67,7 @@ class Collector:
         """Trip 1: verify and add; returns the site's next bundle.
 
         Raises:
-            ProtocolError: it is malformed, late, or not signed by the site; it is not in the sum.
+            ProtocolError: it is malformed, late, or not the site's; it is not in the sum.
         """
         attempt, name = self._attempt, self._attempt.cohort[index]
         if self._survivors is not None or index in self._sealed:
@@ -77,11 +79,13 @@ class Collector:
         length = map_bytes(len(attempt.cohort)) + SHARE_BYTES * (1 + len(self._partners[index])) + TAG_BYTES
         if [len(blob) for blob in upload.sealed] != [length] * len(others):
             raise ProtocolError("sealed shares of another number or length than were due")
-        payload_hash = hashlib.sha256(np.ascontiguousarray(upload.payload).data).digest()
-        signed = attempt.upload_bytes(name, payload_hash, upload.sealed, upload.next_bundle)
-        verify(self._roster.member(name), signed, upload.signature)
+        used = Bundle.parse(attempt.bundles[index])
+        key = upload_key(attempt, self._private, used.public, name)
+        tag = upload_tag(key, np.ascontiguousarray(upload.payload).data, upload.sealed, upload.next_bundle)
+        if not hmac.compare_digest(tag, upload.tag):
+            raise ProtocolError(f"an upload that {name!r} did not make")
         next_bundle = Bundle.read(upload.next_bundle, attempt.terms, self._roster.member(name))
-        if next_bundle.session != Bundle.parse(attempt.bundles[index]).session:
+        if next_bundle.session != used.session:
             raise ProtocolError(f"the next bundle of {name!r} is of another session")  # all others would refuse it
         add_packed(self._total, upload.payload, attempt.terms.bits)
         self._sealed[index] = dict(zip(others, upload.sealed, strict=True))

@@ -15,6 +15,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -143,6 +144,24 @@ class Credential:
         return credential
 
 
+_LOW_ORDER = frozenset(
+    point.to_bytes(32, "little")
+    for base in (
+        0,
+        1,
+        325606250916557431795983626356110631294008115727848805560023387167927233504,
+        39382357235489614581723060781553021112529911719440698176882885853963445705823,
+        2**255 - 20,
+        2**255 - 19,
+        2**255 - 18,
+    )
+    for point in (base, base + 2**255)
+    if point < 2**256
+)
+"""Points whose product with any key is zero (RFC 7748, section 6.1; the list of Bernstein, "Curve25519", and its
+non-canonical forms): one signed bundle with such a key would make every peer refuse the whole cohort."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A site's X25519 key of one generation, signed for its session."""
@@ -179,6 +198,8 @@ class Bundle:
             ProtocolError: wrong length or a signature that is not the member's.
         """
         bundle = Bundle.parse(data)
+        if bundle.public in _LOW_ORDER:
+            raise ProtocolError(f"the X25519 key of {member.name!r} has low order")
         verify(member, bundle.signed_bytes(terms, member.name), data[-ED25519_SIGNATURE:])
         return bundle
 
@@ -213,10 +234,20 @@ def accept_introduction(
     Raises:
         ProtocolError: wrong length, or a signature that is not the peer's.
     """
-    _exactly(data, INTRODUCTION_BYTES, f"the introduction by {peer.name!r}")
-    ciphertext = data[:CIPHERTEXT_BYTES]
-    verify_both(member, _introduction_bytes(terms, peer, own, ciphertext), data[CIPHERTEXT_BYTES:])
+    ciphertext = verify_introduction(terms, data, member, peer, own)
     return _kem_secret(terms, peer, own, ciphertext, key.decapsulate(ciphertext))
+
+
+def verify_introduction(terms: RunTerms, data: bytes, member: Member, sender: Party, receiver: Party) -> bytes:
+    """The ciphertext of an introduction that `sender` made for `receiver`.
+
+    Raises:
+        ProtocolError: wrong length, or a signature that is not the sender's.
+    """
+    _exactly(data, INTRODUCTION_BYTES, f"the introduction by {sender.name!r}")
+    ciphertext = data[:CIPHERTEXT_BYTES]
+    verify_both(member, _introduction_bytes(terms, sender, receiver, ciphertext), data[CIPHERTEXT_BYTES:])
+    return ciphertext
 
 
 def _introduction_bytes(terms: RunTerms, sender: Party, receiver: Party, ciphertext: bytes) -> bytes:
@@ -240,6 +271,8 @@ class Attempt:
     cohort: tuple[str, ...]
     bundles: tuple[bytes, ...]
     model_hash: str
+    coordinator: bytes
+    """The coordinator's X25519 public key."""
     run_names: tuple[str, ...] = ()
     """Sparse graph: the sites among which neighbours were chosen."""
 
@@ -248,13 +281,8 @@ class Attempt:
         """`ctx`, 32 bytes: parties that were shown anything different have nothing in common."""
         t = self.terms
         numbers = (self.round, self.attempt, t.roster_hash, t.plan_hash, t.mode, t.bits, decimal_string(t.bound))
-        shown = (t.dimension, self.model_hash, self.run_names, self.cohort, self.bundles)
+        shown = (t.dimension, self.model_hash, self.coordinator, self.run_names, self.cohort, self.bundles)
         return hash_frame("accord/1/context", PROTOCOL_VERSION, t.run_id, *numbers, *shown)
-
-    def upload_bytes(self, name: str, payload: bytes, sealed: Sequence[bytes], next_bundle: bytes) -> bytes:
-        """What a site signs of its upload; `payload` is the SHA-256 of the packed vector."""
-        sealed_hash = hashlib.sha256(frame("list", *sealed)).digest()
-        return frame("accord/1/upload", self.context, name, payload, sealed_hash, next_bundle)
 
     def survivors_bytes(self, survivors: Sequence[int]) -> bytes:
         """What a site signs in trip 2."""
@@ -292,6 +320,31 @@ def pair_keys(
         raise ProtocolError(f"an X25519 key of {' or '.join(map(repr, pair))} has low order") from None
     okm = _hkdf(shared + kem_secret, attempt.context, frame("accord/1/pair", *pair), 96)
     return PairKeys(mask_seed=okm[:32], seal_up=okm[32:64], seal_down=okm[64:])
+
+
+def upload_key(attempt: Attempt, private: X25519PrivateKey, public: bytes, name: str) -> bytes:
+    """The key that authenticates the upload of the site `name` to the coordinator: either end derives it.
+
+    Raises:
+        ProtocolError: the other's point has low order.
+    """
+    try:
+        shared = private.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise ProtocolError("an X25519 key of the upload has low order or another length") from None
+    return _hkdf(shared, attempt.context, frame("accord/1/upload", name), 32)
+
+
+def upload_tag(key: bytes, payload: memoryview, sealed: Sequence[bytes], next_bundle: bytes) -> bytes:
+    """AES-256-GMAC (NIST SP 800-38D) of an upload under a key that authenticates nothing else.
+
+    A signature would need a collision-resistant hash of the payload, which is fifteen times slower.
+    """
+    mac = Cipher(algorithms.AES256(key), modes.GCM(_ONCE)).encryptor()
+    mac.authenticate_additional_data(frame("accord/1/tag", len(payload), list(sealed), next_bundle))
+    mac.authenticate_additional_data(payload)
+    mac.finalize()
+    return mac.tag
 
 
 _ONCE = bytes(12)

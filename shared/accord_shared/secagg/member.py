@@ -6,7 +6,6 @@ refusal names the rule R1 to R10 that said no. What a member does not check, nob
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +48,8 @@ from accord_shared.secagg.keys import (
     pair_keys,
     seal,
     unseal,
+    upload_key,
+    upload_tag,
 )
 from accord_shared.secagg.masking import SEED_BYTES, Words, add_masks, reduce_words
 from accord_shared.secagg.thresholds import SMALL_MAX, Thresholds
@@ -79,6 +80,7 @@ class _Round:
     holders: tuple[int, ...]
     """Holders of this site's secrets, itself included, ascending."""
     pairs: Mapping[int, PairKeys] = field(repr=False)
+    upload_key: bytes = field(repr=False)
     own_share: bytes = field(default=b"", repr=False)
     """This site's shares of its own secrets, as it seals them for the other holders."""
     masked: bool = False
@@ -188,6 +190,7 @@ class Member:
             cohort=request.cohort,
             bundles=request.bundles,
             model_hash=model_hash,
+            coordinator=request.coordinator,
             run_names=self._run_names,
         )
         own = request.cohort.index(self._name)
@@ -195,6 +198,7 @@ class Member:
         private = self._own_key(request.bundles[own])
         self._current = _Round(
             attempt=attempt,
+            upload_key=upload_key(attempt, private, request.coordinator, self._name),
             thresholds=thresholds,
             own=own,
             partners=partners,
@@ -203,7 +207,7 @@ class Member:
         )
 
     def mask(self, words: Words, *, threads: int = 1) -> MaskedUpload:
-        """Mask the encoded update `words` [d] (consumed), deal and seal the shares, sign the upload.
+        """Mask the encoded update `words` [d] (consumed), deal and seal the shares.
 
         Raises:
             ProtocolError: nothing was accepted, it was masked before, or the length is another.
@@ -221,7 +225,6 @@ class Member:
         sealed = self._deal(current, [self_mask, *(seeds[index] for index in partners)])
         payload = pack(words, self._terms.bits)
         next_bundle = self.bundle if len(self._bundles) > 1 else self._renew()  # a lost upload's is offered again
-        signed = attempt.upload_bytes(self._name, hashlib.sha256(payload.data).digest(), sealed, next_bundle)
         return MaskedUpload(
             run_id=self._terms.run_id,
             round=attempt.round,
@@ -229,7 +232,7 @@ class Member:
             payload=payload,
             sealed=sealed,
             next_bundle=next_bundle,
-            signature=self._identity.sign(signed),
+            tag=upload_tag(current.upload_key, payload.data, sealed, next_bundle),
         )
 
     def _deal(self, current: _Round, secrets: Sequence[bytes]) -> tuple[bytes, ...]:

@@ -4,7 +4,7 @@ Client (`secaggplus_mod`) and server (`SecAggPlusWorkflow`) are the installed on
 to bytes and unmasking included. Only the transport is not: messages pass through Flower's protobuf form, which nobody
 pays for, so that a client can no more write into the server's objects than over a network. Where there is a choice
 it favours Flower: the request carries no model, training and turning its result into bytes are free, and the server's
-strategy takes the decoded average as it is (Flower's `FedAvg` would average n copies of it once more).
+strategy is Flower's default, `FedAvg`.
 
 Of the protocol's settings Flower has defaults for all but two. `num_shares = 1.0` is its "every other client is a
 neighbour" (that of its `SecAggWorkflow`), which matches Accord's masks between all pairs. `reconstruction_threshold =
@@ -173,26 +173,26 @@ class _Wire:
         return message_from_proto(reply)
 
 
-class _TakeDecoded(FedAvg):
-    """Every result of the workflow holds the decoded average already."""
+class _Strict(FedAvg):
+    """Flower's default strategy, which averages what the workflow decoded; here a failed client ends the run."""
 
     def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> tuple[Parameters | None, dict[str, Any]]:
-        """The decoded average.
+        """As FedAvg.
 
         Raises:
             Aborted: a client failed.
         """
-        del server_round
         if failures:
             raise Aborted(f"a client of Flower's SecAgg+ failed: {failures[0]}")
-        return results[0][1].parameters, {}
+        parameters, metrics = super().aggregate_fit(server_round, results, failures)
+        return parameters, dict(metrics)
 
 
 def _server_context(wire: _Wire, clients: list[_Client]) -> LegacyContext:
     manager = SimpleClientManager()
     for client in clients:
         manager.register(GridClientProxy(client.node, cast(Grid, wire), _RUN))
-    context = LegacyContext(_context(SUPERLINK_NODE_ID), strategy=_TakeDecoded(), client_manager=manager)
+    context = LegacyContext(_context(SUPERLINK_NODE_ID), strategy=_Strict(), client_manager=manager)
     context.state.config_records[MAIN_CONFIGS_RECORD] = ConfigRecord({WorkflowKey.CURRENT_ROUND: 1})
     context.state.array_records[MAIN_PARAMS_RECORD] = ArrayRecord()
     return context

@@ -27,6 +27,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.common.serde import recorddict_to_proto
 from pydantic import Field
 
@@ -257,6 +258,7 @@ class _Federation:
         self._sites = [_Site(name, identity, self._roster, self._terms) for name, identity in identities.items()]
         self._waiting = self._introduce()
         self._round = 0
+        self._private = X25519PrivateKey.generate()
 
     def _introduce(self) -> dict[str, dict[str, bytes]]:
         """Each site introduces itself to those before it; the introductions by receiver and sender."""
@@ -308,7 +310,9 @@ class _Federation:
         cohort = tuple(site.name for site in self._sites)
         bundles = tuple(site.bundle for site in self._sites)
         with server.running():
-            attempt = Attempt(self._terms, self._round, 1, cohort, bundles, _MODEL_HASH)
+            attempt = Attempt(
+                self._terms, self._round, 1, cohort, bundles, _MODEL_HASH, self._private.public_key().public_bytes_raw()
+            )
             collector = self._collector(attempt)
         plain, sizes = np.zeros(self._settings.dim, dtype=np.int64), []
         for index, site in enumerate(self._survivors):
@@ -345,7 +349,7 @@ class _Federation:
         everyone = tuple(range(len(attempt.cohort)))
         partners = {index: (*everyone[:index], *everyone[index + 1 :]) for index in everyone}
         holders = dict.fromkeys(everyone, everyone)
-        return Collector(attempt, self._roster, self._terms.thresholds(len(everyone)), partners, holders)
+        return Collector(attempt, self._roster, self._terms.thresholds(len(everyone)), partners, holders, self._private)
 
     def _request(self, attempt: Attempt, name: str) -> MaskRequest:
         """Trip 1's request, with what the site has not been told yet. Its model is free, as the peer's is."""
@@ -359,6 +363,7 @@ class _Federation:
             attempt=attempt.attempt,
             cohort=attempt.cohort,
             bundles=attempt.bundles,
+            coordinator=attempt.coordinator,
             peers=tuple(told),
             credentials=tuple(site.member.credential for site in self._sites if site.name in told),
             introductions=tuple(told.values()),
