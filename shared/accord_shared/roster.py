@@ -7,6 +7,7 @@ the roster's hash (`SignedRoster.verify(pinned)`).
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
@@ -78,8 +79,8 @@ class RosterDraft(Document):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the canonical bytes, hexadecimal. Computed at every call."""
-        return canonical_hash(self.model_dump())
+        """SHA-256 of the canonical bytes, hexadecimal."""
+        return _hash(self)
 
     def member(self, name: str) -> Member:
         """The member of this name.
@@ -113,6 +114,12 @@ class RosterDraft(Document):
     def _next(self, members: tuple[Member, ...]) -> Self:
         ordered = tuple(sorted(members, key=lambda member: member.name))
         return self.made({**dict(self), "serial": self.serial + 1, "members": ordered})
+
+
+@lru_cache(maxsize=16)
+def _hash(roster: RosterDraft) -> str:
+    """Kept by value, not in the object: no copy with other members can carry it along."""
+    return canonical_hash(roster.model_dump())
 
 
 class Roster(RosterDraft):

@@ -69,8 +69,8 @@ class SimulatedRoster:
 class Vault:
     """The members of some participants; a refusal is returned, not raised, so that it crosses processes as it is."""
 
-    def __init__(self, roster_json: str, identities: dict[int, tuple[str, bytes, bytes]]) -> None:
-        roster = SignedRoster.from_json(roster_json).verify()
+    def __init__(self, roster_file: Path, identities: dict[int, tuple[str, bytes, bytes]]) -> None:
+        roster = _roster(roster_file)
         self._members = {
             index: LocalMembers(name, Identity.from_seeds(ed25519, ml_dsa_65), roster)
             for index, (name, ed25519, ml_dsa_65) in identities.items()
@@ -97,7 +97,7 @@ def vaults(address: VaultAddress, roster: SimulatedRoster, names: Sequence[str])
     for shard in range(address.shards):
         own = {index: (names[index], *roster.seeds[index]) for index in range(shard, len(names), address.shards)}
         options: dict[str, Any] = {"name": f"{address.prefix}-{shard}", "namespace": address.prefix}
-        handles.append(actor.options(**options).remote(roster.signed.to_json(), own))
+        handles.append(actor.options(**options).remote(address.roster_file, own))
     yield
 
 

@@ -16,7 +16,7 @@ from accord_shared.messages import MaskRequest, OpenRequest, SurvivorsRequest
 from accord_shared.quantize import Encoding, decode, pack
 from accord_shared.roster import Roster
 from accord_shared.secagg import keys, masking
-from accord_shared.secagg.keys import Attempt
+from accord_shared.secagg.keys import Attempt, Credential
 from accord_shared.secagg.member import Member
 from accord_shared.secagg.thresholds import Thresholds
 from accord_shared.wire import decode as unwire
@@ -241,6 +241,7 @@ def test_malformed_messages_are_refused(what: str) -> None:
         {"bundles": (b"",) * 7},
         {"bundles": (bytes(116),) * 7},
         {"peers": ("a",)},
+        {"peers": ()},
         {"credentials": (b"",), "introductions": (b"",), "peers": ("a",)},
         {"credentials": (bytes(4573),), "introductions": (bytes(4461),), "peers": ("a",)},
         {"credentials": (bytes(4573),), "introductions": (bytes(4461),), "peers": ("d",)},
@@ -352,3 +353,18 @@ def test_a_cohort_of_four_must_survive_whole() -> None:
     run.uploads()
     run.finish((0, 1, 2))
     assert run.world.refused(ProtocolError, "R7: 3 survivors, at least 4")
+
+
+def test_a_site_encapsulates_to_nobodys_key_but_the_peers() -> None:
+    """R5: a's session with the coordinator's ML-KEM key; unchecked, d's secret with a would be the coordinator's."""
+    run = World().run().join()
+    own = Credential(run.credentials["a"][:16], run.credentials["c"][16:1200])
+    run.credentials["a"] = own.issue(run.terms, "a", identity_of("c"))
+    run.introduce("d", ["a"])
+    assert run.world.refused(ProtocolError, "the Ed25519 signature of 'a' does not verify")
+
+
+def test_a_site_is_not_its_own_peer() -> None:
+    run = World().run().join()
+    run.introduce("d", ["d"])
+    assert run.world.refused(ProtocolError, "R5: a site is not its own peer")

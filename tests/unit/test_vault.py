@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from accord_shared.errors import PlanError, ProtocolError, RosterError, SessionLost
 from accord_shared.messages import MaskRequest, Refusal
+from accord_shared.roster import SignedRoster
 from accord_shared.secagg.keys import RunTerms
 from accord_simulations.vault import SimulatedRoster, Vault, VaultAddress, VaultMembers, make_address, vaults
 from conformance.federation import RUN, names_of, secure_plan
@@ -30,7 +32,13 @@ def terms(roster: SimulatedRoster) -> RunTerms:
 
 def vault(roster: SimulatedRoster) -> Vault:
     seeds = enumerate(zip(NAMES, roster.seeds, strict=True))
-    return Vault(roster.signed.to_json(), {index: (name, *pair) for index, (name, pair) in seeds})
+    return Vault(file_of(roster.signed), {index: (name, *pair) for index, (name, pair) in seeds})
+
+
+def file_of(signed: SignedRoster) -> Path:
+    path = Path(tempfile.mkdtemp()) / "roster.json"
+    path.write_text(signed.to_json())
+    return path
 
 
 def test_the_roster_is_as_strict_as_the_plan_and_signed(roster: SimulatedRoster) -> None:
@@ -68,7 +76,7 @@ def test_a_forged_roster_is_not_taken(roster: SimulatedRoster) -> None:
     other = SimulatedRoster.make(PLAN, NAMES)
     forged = roster.signed.model_copy(update={"signature": other.signed.signature})
     with pytest.raises(RosterError, match="signature of the roster does not verify"):
-        Vault(forged.to_json(), {})
+        Vault(file_of(forged), {})
 
 
 def test_what_travels_to_a_vault_can_travel(roster: SimulatedRoster) -> None:
