@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.005
 """Pause between two looks for replies: Flower's own 3 s would be most of a short round."""
-LONGEST_POLL_S = 0.1
+LONGEST_POLL_S = 1.0
 """Where a look is itself expensive."""
 
 

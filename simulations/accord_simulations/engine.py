@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue, SimpleQueue
 from threading import Event
 from typing import Any
 
-from accord_server.app import LONGEST_POLL_S, POLL_S, Timing, server_app
+from accord_server.app import Timing, server_app
 from accord_server.rounds import Coordinator
 from accord_shared.errors import Aborted, AccordError
 from accord_shared.plan import Plan
@@ -130,20 +129,32 @@ class Engine:
 
 @contextmanager
 def _prompt_delivery() -> Iterator[None]:
-    """Deliver messages to the workers within milliseconds: Flower's own loop looks every 100 ms.
+    """Deliver messages to the workers as they come: Flower's own loop asks for every node's every 100 ms.
 
-    The loop is internal to flwr (pinned); a contract test guards its name and arguments.
+    With a thousand nodes such a look takes seconds. The loop is internal to flwr (pinned); a contract test guards its
+    name and arguments.
     """
     from flwr.server.superlink.fleet.vce import vce_api  # noqa: PLC0415
 
     def deliver(state: Any, queue: Queue[Any], nodes_mapping: dict[int, int], f_stop: Event) -> None:
+        waiting: SimpleQueue[int] = SimpleQueue()
+        store = state.store_message_ins
+
+        def note(message: Any) -> Any:
+            stored = store(message)
+            waiting.put(message.metadata.dst_node_id)
+            return stored
+
+        state.store_message_ins = note
+        for node in nodes_mapping:  # what came before
+            waiting.put(node)
         while not f_stop.is_set():
-            start = time.monotonic()
-            found = [m for node in nodes_mapping for m in state.get_message_ins(node_id=node, limit=1)]
-            for message in found:
+            try:
+                node = waiting.get(timeout=0.1)
+            except Empty:
+                continue
+            for message in state.get_message_ins(node_id=node, limit=1):
                 queue.put(message)
-            if not found:
-                f_stop.wait(min(max(POLL_S, 4 * (time.monotonic() - start)), LONGEST_POLL_S))
 
     flowers_own = vce_api.add_messages_to_queue
     vce_api.add_messages_to_queue = deliver

@@ -523,10 +523,9 @@ class Oracle:
         known: dict[int, bytes] = {}
         for index in upload.partners:
             for keys in self._derived(upload, index):
-                known[index] = keys.mask_seed
-                blob = self._sealed(upload).get(index)
-                key = keys.seal_up if upload.own < index else keys.seal_down
-                plain = unseal(key, blob, upload.attempt.shares_data(upload.own, index)) if blob else None
+                plain = self._unsealed(upload, index, keys)
+                if plain is not None or self._ends(upload, index) in self.world.kem:
+                    known[index] = keys.mask_seed
                 if plain is not None:
                     self._take(shares, order, index, plain[map_bytes(len(upload.attempt.cohort)) :])
                     break
@@ -580,9 +579,14 @@ class Oracle:
         if private is None:
             return
         pair = (upload.name, name) if upload.own < index else (name, upload.name)
-        ends = frozenset({(upload.name, own.session), (name, bundle.session)})
-        for secret in self.world.kem.get(ends, []):
+        for secret in self.world.kem.get(self._ends(upload, index), [b""]):
             yield member_module.pair_keys(attempt, private, own.public, secret, pair)
+
+    @staticmethod
+    def _ends(upload: Upload, index: int) -> frozenset[tuple[str, bytes]]:
+        """Both names with their sessions."""
+        sessions = (Bundle.parse(upload.attempt.bundles[place]).session for place in (upload.own, index))
+        return frozenset(zip((upload.name, upload.attempt.cohort[index]), sessions, strict=True))
 
     @staticmethod
     def _sealed(upload: Upload) -> dict[int, bytes]:

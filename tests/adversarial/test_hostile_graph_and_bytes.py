@@ -16,6 +16,7 @@ from accord_shared.messages import MaskRequest, OpenRequest, SurvivorsRequest
 from accord_shared.quantize import Encoding, decode, pack
 from accord_shared.roster import Roster
 from accord_shared.secagg import keys, masking
+from accord_shared.secagg.dealing import opened_part
 from accord_shared.secagg.keys import Attempt, Credential
 from accord_shared.secagg.member import Member
 from accord_shared.secagg.thresholds import Thresholds
@@ -368,3 +369,34 @@ def test_a_site_is_not_its_own_peer() -> None:
     run = World().run().join()
     run.introduce("d", ["d"])
     assert run.world.refused(ProtocolError, "R5: a site is not its own peer")
+
+
+def test_an_introduction_by_somebody_else_is_refused() -> None:
+    """R5: e's true credential, and a ciphertext of the coordinator's: unchecked, it would know d's secret with e."""
+    run = World().run().join()
+    peer, own = keys.Party("e", run.credentials["e"][:16]), keys.Party("d", run.credentials["d"][:16])
+    forged, _ = keys.introduce(run.terms, identity_of("c"), peer, own, run.credentials["d"][16:1200])
+    run.waiting["d"]["e"] = (run.credentials["e"], forged)
+    run.upload("d")
+    assert run.world.refused(ProtocolError, "the Ed25519 signature of 'e' does not verify")
+
+
+def test_trips_in_order() -> None:
+    """R9: no signature before the upload, and no second upload under the same keys (one keystream, two updates)."""
+    run = World().run().join()
+    station: Any = run.world.stations["d"]
+    member, request = station.members["run"], run.mask_request("d")
+    member.accept(request, request.model_hash)
+    with pytest.raises(ProtocolError, match="R9: a message out of order"):
+        member.sign(SURVIVORS)
+    member.mask(station.truth(1))
+    with pytest.raises(ProtocolError, match="R9: a message out of order"):
+        member.mask(station.truth(2))
+
+
+@pytest.mark.parametrize(
+    "plain", [b"", b"\xff", bytes(37), b"\x01" + bytes(36), b"\x40" + bytes(71), bytes(1 + 72)], ids=len
+)
+def test_a_corrupt_senders_shares_open_to_nothing(plain: bytes) -> None:
+    """A bit map that names nobody of the cohort, or another number of shares than it announces."""
+    assert opened_part(plain, 7, ALL) == (bytes(36) if plain == bytes(37) else b"")

@@ -545,3 +545,12 @@ def test_the_oracle_knows_an_honest_sum() -> None:
     run.finish(ALL)
     assert not world.refusals
     assert [each.names for each in world.oracle.sums()] == [frozenset("abdefg")]
+
+
+def test_foreign_bundles_need_the_post_quantum_secret_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the bundles' signatures ML-KEM still holds; without that secret in the derivation the oracle wins."""
+    BUNDLE_SIGNED.apply(monkeypatch)
+    attack = Attack(foreign_bundles)
+    assert not played(attack).oracle.wins
+    Removal(member, "pair_keys", "shared + kem_secret", "shared").apply(monkeypatch)
+    assert played(attack).oracle.wins
