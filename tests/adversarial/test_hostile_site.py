@@ -507,3 +507,15 @@ def test_what_was_opened_is_on_disk_before_shares_leave(tmp_path: Path, monkeypa
     monkeypatch.setattr(Member, "open", watched)
     run.finish(range(7))
     assert noted == [1] * 6
+
+
+def test_a_second_attempt_opens_and_the_first_never_after_it(tmp_path: Path) -> None:
+    """What the disk says of attempts is the last one: an honest repetition goes through, in any process."""
+    world = SiteWorld(tmp_path)
+    run = world.run().join()
+    run.uploads(1)
+    run.uploads(2)
+    assert world.site("d").lab.store().releases(world.plan.hash).last_attempt == 2
+    run.finish(range(7), 2)
+    assert not world.refusals
+    assert [len(each.names) for each in world.oracle.sums()] == [6]
