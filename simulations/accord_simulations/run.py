@@ -252,11 +252,16 @@ class _RoundLog:
         self.ends: tuple[tuple[float, float], ...] = ()
         """(start, end) of each round in seconds since the epoch."""
 
-    def restore(self, finished: int) -> None:
-        """Read back the rounds that the checkpoint counts as finished."""
+    def restore(self, finished: int, history: Sequence[Mapping[str, Any]]) -> None:
+        """Read back the rounds that the checkpoint counts as finished; `history` is the coordinator's own.
+
+        A round that was killed after its checkpoint and before its line here has no scores.
+        """
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         entries = [json.loads(line) for line in lines if line.endswith("}")]
         by_round = {entry["result"]["round"]: entry for entry in entries if entry["result"]["round"] <= finished}
+        for report in history:
+            by_round.setdefault(report["round"], {"result": _unscored(report), "start": 0.0, "end": 0.0})
         ordered = [by_round[number] for number in sorted(by_round)]
         self.rounds = tuple(RoundResult(**entry["result"]) for entry in ordered)
         self.ends = tuple((entry["start"], entry["end"]) for entry in ordered)
@@ -267,6 +272,20 @@ class _RoundLog:
         self.ends = (*self.ends, (start, end))
         with self._path.open("a") as file:
             file.write(json.dumps({"result": asdict(result), "start": start, "end": end}) + "\n")
+
+
+def _unscored(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `RoundResult` from a `RoundReport`, as plain JSON values."""
+    same = ("round", "cohort", "upload_bytes", "download_bytes", "aborted_attempts", "trips", "released")
+    stages = dict.fromkeys(("round", "score", "account"), 0.0)
+    survivors = len(report["survivors"])
+    return {
+        **{key: report[key] for key in same},
+        "survivors": survivors,
+        "metrics": {},
+        "epsilon": None,
+        "stage_s": stages,
+    }
 
 
 def _secure(prepared: Prepared) -> tuple[Prepared, Secured | None, Aggregation]:
@@ -294,7 +313,7 @@ class _RoundWatcher:
 
     def restore(self, finished: int, history: Sequence[Mapping[str, Any]]) -> None:
         """Continue after `finished` rounds."""
-        self._log.restore(finished)
+        self._log.restore(finished, history)
         for round_report in history:
             self._released.update(round_report["survivors"])
 

@@ -141,6 +141,7 @@ def scenario_of(settings: SimulationSettings) -> Scenario:
                     "steps_per_round": settings.steps,
                 },
                 "privacy": {"noise": "site", "epsilon": 8.0, "accountant": settings.accountant},
+                "secure_aggregation": {"mode": "off"},  # as the peers
             },
         }
     )
