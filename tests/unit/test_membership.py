@@ -154,6 +154,24 @@ def test_introductions_of_another_number_are_not_heard(count: int) -> None:
     assert ALL[2] in membership.ready(ALL)
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_site_whose_introduction_a_peer_would_refuse_takes_no_part(place: int) -> None:
+    made = federation()
+    membership = Membership(made.roster)
+    for name, request in membership.requests(made.terms, made.exchange.joined, made.exchange.enquiry).items():
+        reply = made.participants[name](request)
+        if name == ALL[3] and isinstance(reply, Introduced):
+            bad = bytearray(reply.introductions[place])
+            bad[place] ^= 1
+            changed = [*reply.introductions]
+            changed[place] = bytes(bad)
+            reply = replace(reply, introductions=tuple(changed))
+        membership.hear(name, request, reply)
+    assert membership.ready(ALL) == ALL[:3]
+    assert step(made, membership) == {}
+    assert membership.ready(ALL) == ALL[:3]
+
+
 def test_answers_of_another_kind_change_nothing() -> None:
     made = federation()
     membership = Membership(made.roster)

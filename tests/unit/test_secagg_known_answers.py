@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from accord_shared.errors import ProtocolError
 from accord_shared.frames import frame
+from accord_shared.identity import Identity
 from accord_shared.secagg import keys as module
-from accord_shared.secagg.keys import Attempt, RunTerms, pair_keys, seal, unseal
+from accord_shared.secagg.keys import Attempt, Bundle, RunTerms, pair_keys, seal, unseal
 from accord_shared.secagg.masking import add_masks
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "known_answers.json").read_text())
@@ -51,6 +52,19 @@ def attempt() -> Attempt:
         own_noise=True,
     )
     return Attempt(terms, 1, 1, ("a", "b"), (b"x", b"y"), "22" * 32, b"\x09" + bytes(31))
+
+
+def test_every_listed_point_has_low_order_and_no_bundle_may_hold_one() -> None:
+    identity, terms = Identity.generate(), attempt().terms
+    private = X25519PrivateKey.generate()
+    for point in (*module._LOW_ORDER, *map(of, LOW_ORDER)):
+        with pytest.raises(ValueError, match="shared key"):
+            private.exchange(X25519PublicKey.from_public_bytes(point))
+        signed = Bundle(bytes(16), 1, point).issue(terms, "a", identity)
+        with pytest.raises(ProtocolError, match="low order"):
+            Bundle.read(signed, terms, identity.public("a"))
+    good = Bundle(bytes(16), 1, private.public_key().public_bytes_raw())
+    assert Bundle.read(good.issue(terms, "a", identity), terms, identity.public("a")) == good
 
 
 @pytest.mark.parametrize("vector", VECTORS["x25519"], ids=["first", "second"])
