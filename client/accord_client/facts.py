@@ -7,8 +7,14 @@ from typing import Any
 import numpy as np
 
 from accord_shared import PROTOCOL_VERSION
+from accord_shared.dp.accounting import noise_multiplier
+from accord_shared.identity import ED25519_SIGNATURE
 from accord_shared.messages import TrainReply, TrainRequest
 from accord_shared.plan import Plan
+from accord_shared.quantize import packed_bytes
+from accord_shared.secagg.dealing import map_bytes
+from accord_shared.secagg.keys import BUNDLE_BYTES, TAG_BYTES, RunTerms
+from accord_shared.secagg.shamir import SHARE_BYTES
 from accord_shared.wire import payload_bytes
 
 
@@ -22,10 +28,37 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     vector = np.broadcast_to(np.float32(0), (dimension,))
     run_id, rounds = "0" * 16, plan.run.rounds
     request = TrainRequest(PROTOCOL_VERSION, run_id, plan.hash, rounds, 1, vector)
-    return {
+    facts: dict[str, Any] = {
         "trainable_parameters": dimension,
         "upload_bytes_per_site_round": payload_bytes(TrainReply(run_id, rounds, 1, vector)),
         "download_bytes_per_site_round": payload_bytes(request),
+    }
+    return facts if plan.secure_aggregation.mode == "off" else facts | secure_facts(plan, dimension)
+
+
+def secure_facts(plan: Plan, dimension: int) -> dict[str, Any]:
+    """What secure aggregation makes of a plan whose model has `dimension` trainable parameters.
+
+    Bytes are those of PROTOCOL.md, section 12, for a whole cohort of which `cohort.minimum` sites survive; in a sparse
+    graph with twice the degree of mask partners, as is expected.
+    """
+    terms = RunTerms.of(plan, "0" * 16, "0" * 64, dimension, noise_multiplier(plan))
+    rule = terms.thresholds(plan.cohort.size)
+    cohort, holders = plan.cohort.size, rule.degree or plan.cohort.size - 1
+    partners = min(2 * (rule.degree or cohort), cohort - 1)
+    blob = map_bytes(cohort) + SHARE_BYTES * (1 + partners) + TAG_BYTES
+    opened = SHARE_BYTES * (holders + 1) * (1 + partners * (cohort - plan.cohort.minimum) // cohort)
+    up = packed_bytes(terms.bits, terms.dimension) + TAG_BYTES + BUNDLE_BYTES + holders * blob + opened
+    certificate = (4 + ED25519_SIGNATURE) * rule.sign if terms.mode == "malicious" else 0
+    down = 4 * dimension + 32 + BUNDLE_BYTES * cohort + 8 * cohort + certificate + holders * blob
+    return {
+        "upload_bytes_per_site_round": up,
+        "download_bytes_per_site_round": down,
+        "signatures_needed": rule.sign if terms.mode == "malicious" else None,
+        "shares_needed": rule.share,
+        "neighbours": rule.degree or "all",
+        "coordinate_bound": terms.bound,
+        "wrap_probability": 0.0,  # section 11: clamped coordinates of all sites fit into the modulus
     }
 
 
