@@ -225,9 +225,8 @@ class _Trips:
         if not everything:
             return
         self.count += 1
-        sizes = {id(request): 0 for request in everything.values()}
-        for request in everything.values():
-            sizes[id(request)] = sizes[id(request)] or payload_bytes(request)
+        unique = {id(request): request for request in everything.values()}  # most are one object: measured once
+        sizes = {key: payload_bytes(request) for key, request in unique.items()}
         self.down_bytes += sum(sizes[id(request)] for request in everything.values())
         for name, reply in self.exchange.send(everything):
             if isinstance(reply, Failure):

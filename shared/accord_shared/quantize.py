@@ -18,10 +18,9 @@ import numpy.typing as npt
 from accord_shared.dp.noise import SecureGenerator
 from accord_shared.errors import PlanError, ProtocolError
 from accord_shared.plan import LocalSpec, Plan
+from accord_shared.secagg.masking import Words, reduce_words, word_type
 from accord_shared.vectors import Array, check_finite
 
-Words = npt.NDArray[Any]
-"""Unsigned little-endian words [d] of the least width that holds b bits."""
 Bytes = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
 _CHUNK = 1 << 16
@@ -116,11 +115,7 @@ class Encoding:
     @property
     def word(self) -> np.dtype[Any]:
         """The least unsigned word with room for b bits."""
-        return _word(self.bits)
-
-
-def _word(bits: int) -> np.dtype[Any]:
-    return np.dtype(f"<u{next(width for width in (1, 2, 4, 8) if bits <= 8 * width)}")
+        return word_type(self.bits)
 
 
 def encode(vector: Array, encoding: Encoding, generator: SecureGenerator) -> Words:
@@ -144,7 +139,7 @@ def encode(vector: Array, encoding: Encoding, generator: SecureGenerator) -> Wor
         values = integers[: len(part)]
         (_round_narrow if encoding.bits <= _NARROW else _round_wide)(part, encoding, coins, floats[: len(part)], values)
         np.copyto(out, values, casting="unsafe")  # keeps the low bits: mod 2^(word width)
-        _reduce(out, encoding.bits)
+        reduce_words(out, encoding.bits)
     return words
 
 
@@ -184,12 +179,6 @@ def _round_wide(
     np.add(out, coins, out=out)
     np.right_shift(out, _COIN_BITS, out=out)
     np.add(out, whole.astype(np.int64), out=out)
-
-
-def _reduce(words: Words, bits: int) -> None:
-    """`words` mod 2^`bits`, in place."""
-    if bits < 8 * words.itemsize:
-        np.bitwise_and(words, (1 << bits) - 1, out=words)
 
 
 def decode(total: Words, encoding: Encoding, survivors: int) -> npt.NDArray[np.float64]:
@@ -300,7 +289,7 @@ def unpack(data: Bytes, bits: int, dimension: int) -> Words:
     Raises:
         ProtocolError: the length is another, or padding is not zero.
     """
-    words = np.zeros(dimension, dtype=_word(bits))
+    words = np.zeros(dimension, dtype=word_type(bits))
     add_packed(words, data, bits)
     return words
 

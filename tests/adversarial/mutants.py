@@ -40,7 +40,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("R4 forget", MEMBER, "for older in [g for g in self._keys if g < generation]:", "for older in []:"),
     ("R4 session", MEMBER, "if bundle.session != peer.session:", "if False:"),
     ("R4 bundle signature", KEYS, "verify(member, bundle.signed_bytes(terms, member.name), data[-ED25519_SIGNATURE:])", "pass"),
-    ("R4 low order", KEYS, "    except ValueError:\n        raise ProtocolError(f\"an X25519", "    except ValueError as e:\n        shared = bytes(32) if e else b''\n    if False:\n        raise ProtocolError(f\"an X25519"),
+    ("R4 low order", KEYS, "    except ValueError:\n        raise ProtocolError(f\"an X25519", "    except ValueError:\n        return bytes(32)\n        raise ProtocolError(f\"an X25519"),
     ("R5 introduced", MEMBER, "        if missing:", "        if False:"),
     ("R5 number", MEMBER, "if not len(request.peers) == len(request.credentials) == len(request.introductions):", "if False:"),
     ("R5 own peer", MEMBER, "if name == self._name:\n            raise ProtocolError(\"R5", "if False:\n            raise ProtocolError(\"R5"),

@@ -306,6 +306,13 @@ class PairKeys:
         return "PairKeys(…)"
 
 
+def _exchange(private: X25519PrivateKey, public: bytes, whose: str) -> bytes:
+    try:
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise ProtocolError(f"an X25519 key of {whose} has low order or another length") from None
+
+
 def pair_keys(
     attempt: Attempt, private: X25519PrivateKey, public: bytes, kem_secret: bytes, pair: Sequence[str]
 ) -> PairKeys:
@@ -314,10 +321,7 @@ def pair_keys(
     Raises:
         ProtocolError: the peer's point has low order (RFC 7748, section 6.1).
     """
-    try:
-        shared = private.exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError:
-        raise ProtocolError(f"an X25519 key of {' or '.join(map(repr, pair))} has low order") from None
+    shared = _exchange(private, public, " or ".join(map(repr, pair)))
     okm = _hkdf(shared + kem_secret, attempt.context, frame("accord/1/pair", *pair), 96)
     return PairKeys(mask_seed=okm[:32], seal_up=okm[32:64], seal_down=okm[64:])
 
@@ -328,10 +332,7 @@ def upload_key(attempt: Attempt, private: X25519PrivateKey, public: bytes, name:
     Raises:
         ProtocolError: the other's point has low order.
     """
-    try:
-        shared = private.exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError:
-        raise ProtocolError("an X25519 key of the upload has low order or another length") from None
+    shared = _exchange(private, public, "the upload")
     return _hkdf(shared, attempt.context, frame("accord/1/upload", name), 32)
 
 
