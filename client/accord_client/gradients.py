@@ -39,7 +39,7 @@ _CROSS_SAMPLE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Insta
 
 @dataclass(frozen=True)
 class Clipped:
-    """The sum of clipped unit gradients [P] (fp32), their norms before clipping [U], units left out."""
+    """The sum of clipped unit gradients [P] (fp32, fp64 if asked), their norms before clipping [U], units left out."""
 
     total: Tensor
     norms: Tensor
@@ -85,11 +85,14 @@ class _Record:
         return total
 
     def weighted_sum(self, coefficients: Tensor, keep: Tensor | None, total: Tensor) -> None:
-        """Write Σ_u coefficient_u · gradient_u to `total` [size]; units outside `keep` do not enter at all."""
+        """Write Σ_u coefficient_u · gradient_u to `total` [size]; units outside `keep` do not enter at all.
+
+        In the precision of `total` and `coefficients`.
+        """
         if self.per_unit is not None:
-            torch.mv(_without(self.per_unit, keep).T, coefficients, out=total)
+            torch.mv(_without(self.per_unit, keep).to(total.dtype).T, coefficients, out=total)
         elif self.factors is not None:
-            inputs, grads = (_without(factor, keep) for factor in self.factors)
+            inputs, grads = (_without(factor, keep).to(total.dtype) for factor in self.factors)
             weighted = grads * coefficients[:, None, None]
             torch.mm(weighted.flatten(0, 1).T, inputs.flatten(0, 1), out=total.view(self.parameter.shape))
         else:
@@ -174,10 +177,11 @@ class GradientTape:
             for module, _ in self._layers:
                 del module.forward
 
-    def clip(self, clip_norm: float) -> Clipped:
+    def clip(self, clip_norm: float, *, exact: bool = False) -> Clipped:
         """Scale every unit's gradient to norm ≤ `clip_norm` and sum.
 
-        A unit whose gradient is not finite contributes nothing and is counted.
+        A unit whose gradient is not finite contributes nothing and is counted. `exact` sums in fp64: there a unit moves
+        the rounding of all others' sum by next to nothing.
 
         Raises:
             PrivacyError: no batch was recorded, `clip_norm` is outside `CLIP_NORMS`, or matrix products are set
@@ -202,7 +206,8 @@ class GradientTape:
         coefficients = torch.where(finite, coefficients, torch.zeros_like(coefficients))
         rejected = int((~finite).sum())  # the step's one synchronisation with a GPU
         keep = finite if rejected else None
-        total = torch.empty(self.dimension, device=squares.device)
+        total = torch.empty(self.dimension, device=squares.device, dtype=torch.float64 if exact else squares.dtype)
+        coefficients = coefficients.to(total.dtype)
         sizes = [record.parameter.numel() for record in self._order]
         for record, part in zip(self._order, torch.split(total, sizes), strict=True):
             record.weighted_sum(coefficients, keep, part)

@@ -23,7 +23,7 @@ from accord_shared.messages import (
     SurvivorsRequest,
 )
 from accord_shared.roster import Roster
-from accord_shared.secagg.keys import RunTerms
+from accord_shared.secagg.keys import NO_LEDGER, Head, RunTerms
 from accord_shared.secagg.masking import Words
 from accord_shared.secagg.member import Member
 
@@ -40,16 +40,19 @@ class Members(Protocol):
     def roster(self) -> Roster:
         """The roster that the site accepted."""
 
-    def join(self, terms: RunTerms) -> tuple[bytes, bytes]:
-        """Credential and newest bundle for a run; a run that was joined keeps its session."""
+    def join(self, terms: RunTerms, head: Head) -> tuple[bytes, bytes]:
+        """Credential and newest bundle for a run; a run that was joined keeps its session.
+
+        `head` is of the site's privacy ledger now, here and in `mask`.
+        """
 
     def answer(self, request: SideRequest) -> Message:
         """Messages that touch neither data nor disk."""
 
-    def accept(self, request: MaskRequest, model_hash: str) -> None:
-        """Trip 1, before training; see `Member.accept`."""
+    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Head]:
+        """Trip 1, before training: heads of the partners' ledgers; see `Member.accept`."""
 
-    def mask(self, run_id: str, words: Words) -> MaskedUpload:
+    def mask(self, run_id: str, words: Words, head: Head) -> MaskedUpload:
         """Trip 1, after training; see `Member.mask`."""
 
     def check_opening(self, request: OpenRequest) -> str:
@@ -72,7 +75,7 @@ class LocalMembers:
         """The roster that the site accepted."""
         return self._roster
 
-    def join(self, terms: RunTerms) -> tuple[bytes, bytes]:
+    def join(self, terms: RunTerms, head: Head = NO_LEDGER) -> tuple[bytes, bytes]:
         """Credential and newest bundle.
 
         Raises:
@@ -80,7 +83,7 @@ class LocalMembers:
         """
         known = self._members.get(terms.run_id)
         if known is None:
-            known = (terms, Member(self._name, self._identity, self._roster, terms))
+            known = (terms, Member(self._name, self._identity, self._roster, terms, head=head))
             self._members[terms.run_id] = known
             while len(self._members) > MOST_RUNS:
                 self._members.popitem(last=False)
@@ -104,13 +107,13 @@ class LocalMembers:
                 return member.introduce(request)
             return member.sign(request)
 
-    def accept(self, request: MaskRequest, model_hash: str) -> None:
+    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Head]:
         """Trip 1, before training."""
-        self._member(request.run_id).accept(request, model_hash)
+        return self._member(request.run_id).accept(request, model_hash)
 
-    def mask(self, run_id: str, words: Words) -> MaskedUpload:
+    def mask(self, run_id: str, words: Words, head: Head = NO_LEDGER) -> MaskedUpload:
         """Trip 1, after training."""
-        return self._member(run_id).mask(words)
+        return self._member(run_id).mask(words, head)
 
     def check_opening(self, request: OpenRequest) -> str:
         """Trip 3, before it is noted on disk; the hash of the run's plan."""

@@ -17,7 +17,6 @@ from accord_client.data import Examples
 from accord_client.trainer import Batches, Runtime, TrainableModel, predict
 from accord_shared.dp.noise import SecureGenerator, snap
 from accord_shared.plan import LocalSpec
-from accord_shared.vectors import Vector
 
 COUNTS = 2
 """Coordinates: right predictions, and all."""
@@ -48,8 +47,10 @@ def released_counts(
     noise_multiplier: float,
     generator: SecureGenerator,
     runtime: Runtime,
-) -> Vector:
+) -> npt.NDArray[np.float64]:
     """The two coordinates [2]: sums over a Poisson sample of held-back units, in the scale of an update.
+
+    Under shared noise `noise_multiplier` is 0: they get their noise with the rest of the update.
 
     A unit adds (share of its records that are predicted right, 1) · C/√2: at most C in norm. `model` has the weights
     that are scored. The divisor is the training's, so that the update's bound holds for these coordinates too.
@@ -60,7 +61,7 @@ def released_counts(
         total = _sums(model, batches, spec.sampling_rate, generator, runtime) * (clip_norm / math.sqrt(COUNTS))
     scale = noise_multiplier * clip_norm
     noised = snap(total + generator.gaussian(COUNTS, scale), scale)
-    return (noised * (spec.learning_rate / (spec.sampling_rate * spec.expected_records))).astype(np.float32)
+    return noised * (spec.learning_rate / (spec.sampling_rate * spec.expected_records))
 
 
 def _sums(

@@ -8,16 +8,19 @@ from collections.abc import Callable
 from typing import Literal, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 from accord_client.data import Examples
 from accord_client.members import Members
 from accord_client.metrics import hold_back, released_counts
 from accord_client.store import Releases, SiteStore
-from accord_client.trainer import Batches, Runtime, train
+from accord_client.trainer import Batches, Runtime, clipped_gradient, clipped_update, train
 from accord_client.workspace import Workspace
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.dp.accounting import noise_multiplier, round_event, run_epsilon
+from accord_shared.dp.events import Event
 from accord_shared.dp.noise import SecureGenerator
+from accord_shared.dp.sharing import NoiseShares
 from accord_shared.errors import (
     AccordError,
     BudgetExhausted,
@@ -45,6 +48,7 @@ from accord_shared.messages import (
 from accord_shared.plan import Plan
 from accord_shared.quantize import encode
 from accord_shared.secagg.keys import RunTerms
+from accord_shared.secagg.masking import Words
 from accord_shared.vectors import Vector, check_finite, check_length
 
 log = logging.getLogger(__name__)
@@ -52,10 +56,13 @@ SecureMode = Literal["malicious", "semi_honest", "off"]
 _STRENGTH: dict[str, int] = {"off": 0, "semi_honest": 1, "malicious": 2}
 
 
-class _Noise(TypedDict):
-    noise_multiplier: float
+class _Randomness(TypedDict):
     generator: SecureGenerator
     runtime: Runtime
+
+
+class _Noise(_Randomness):
+    noise_multiplier: float
 
 
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -125,8 +132,6 @@ class Site:
         if plan.hash != enquiry.plan_hash:
             raise ProtocolError("the plan does not have the hash that came with it")
         self._check_policy(plan)
-        if plan.privacy.noise in ("cohort", "participant"):
-            raise PlanError(f'privacy.noise = "{plan.privacy.noise}" is not implemented at this site')
         credential, bundle = self._join_secured(enquiry, plan)
         self._workspace_of(plan)  # a model that cannot be loaded is told now, and the first round need not wait for it
         self._store.keep_plan(plan.hash, plan.to_json())
@@ -196,11 +201,56 @@ class Site:
             if request.round == spent.last_round and not set(request.cohort) <= set(spent.last_cohort):
                 raise ProtocolError("R2: a further attempt asks sites that were not in the first")
             self._secured().accept(request, request.model_hash)
+            terms = self._terms(plan, request.run_id)
+            if terms.noise is not None:
+                return self._secured().mask(request.run_id, self._shared(request, plan, spent, terms.noise))
             update = self._update(request, plan, spent)
             if request.round == spent.last_round:
                 self._store.note_attempt(request.plan_hash, request.attempt)
-            encoding = self._terms(plan, request.run_id).encoding
-            return self._secured().mask(request.run_id, encode(update, encoding, self._generator))
+            return self._secured().mask(request.run_id, encode(update, terms.encoding, self._generator))
+
+    def _shared(self, request: MaskRequest, plan: Plan, spent: Releases, shares: NoiseShares) -> Words:
+        """The update under shared noise: each attempt has a sample and noise of its own, and is charged.
+
+        Two attempts with one update and other survivors would tell, by their difference, what single sites sent.
+        """
+        if request.round == spent.last_round and request.model_hash != spent.last_model:
+            raise ProtocolError(f"round {request.round} was released before, from other weights")
+        self._check_budget(plan, spent)
+        event = self._checked_event(plan, shares)
+        self._check_weights(request, plan)
+        update = self._unnoised(request, plan)
+        words = encode(update, shares, self._generator)
+        self._store.release(
+            request.plan_hash, request.round, request.model_hash, None, event, request.cohort, request.attempt
+        )
+        return words
+
+    def _unnoised(self, request: MaskRequest, plan: Plan) -> npt.NDArray[np.float64]:
+        """What this site adds to the sum, before any noise: it goes into `encode` and nowhere else."""
+        workspace = self._workspace_of(plan)
+        records, held_back = self._records(plan, workspace)
+        options: _Randomness = {"generator": self._generator, "runtime": workspace.runtime}
+        if plan.privacy.noise == "participant":
+            return clipped_update(workspace.model, records, plan.local, request.weights, **options)
+        update = clipped_gradient(workspace.model, records, plan.local, request.weights, **options)
+        if not plan.extra_coordinates:
+            return update
+        workspace.model.load(request.weights)
+        counts = released_counts(workspace.model, held_back, plan.local, noise_multiplier=0.0, **options)
+        return np.concatenate([update, counts])
+
+    def _checked_event(self, plan: Plan, shares: NoiseShares | None) -> Event | None:
+        """What a release costs, if the plan's budget bears as many as it grants."""
+        sigma = self._noise_multiplier_of(plan)
+        event = round_event(plan, sigma, shares.own_multiplier if shares else None)
+        if event is not None and run_epsilon(plan, event) > (plan.privacy.epsilon or 0.0):
+            raise BudgetExhausted(f"noise multiplier {sigma:g} would spend more than the plan's epsilon")
+        return event
+
+    def _check_weights(self, request: TrainRequest | MaskRequest, plan: Plan) -> None:
+        check_length(request.weights, self._workspace_of(plan).model.layout.dimension)
+        check_finite(request.weights, "the joint weights")
 
     def _open(self, request: OpenRequest) -> Opened:
         """Trip 3: durable before the first share leaves (R10)."""
@@ -233,29 +283,25 @@ class Site:
         return update
 
     def _check_budget(self, plan: Plan, spent: Releases) -> None:
-        if spent.rounds >= plan.rounds_per_site:
-            raise BudgetExhausted(f"all {plan.rounds_per_site} rounds that the plan grants a site are released")
+        if spent.rounds >= plan.releases:
+            raise BudgetExhausted(f"all {plan.releases} releases that the plan grants a site are spent")
         if plan.privacy.noise != "none" and spent.steps + plan.local.steps_per_round > plan.steps:
             raise BudgetExhausted(f"{spent.steps} of the plan's {plan.steps} steps are spent")
 
     def _release(self, request: TrainRequest | MaskRequest, plan: Plan) -> Vector:
         workspace = self._workspace_of(plan)
-        check_length(request.weights, workspace.model.layout.dimension)
-        check_finite(request.weights, "the joint weights")
-        sigma = self._noise_multiplier_of(plan)
-        event = round_event(plan, sigma)
-        if event is not None and run_epsilon(plan, event) > (plan.privacy.epsilon or 0.0):
-            raise BudgetExhausted(f"noise multiplier {sigma:g} would spend more than the plan's epsilon")
+        self._check_weights(request, plan)
+        event = self._checked_event(plan, None)
         records, held_back = self._records(plan, workspace)
         noise: _Noise = {
-            "noise_multiplier": 0.0 if event is None else sigma,
+            "noise_multiplier": 0.0 if event is None else self._noise_multiplier_of(plan),
             "generator": self._generator,
             "runtime": workspace.runtime,
         }
         counts = np.empty(0, dtype=np.float32)
         if plan.extra_coordinates:
             workspace.model.load(request.weights)
-            counts = released_counts(workspace.model, held_back, plan.local, **noise)
+            counts = released_counts(workspace.model, held_back, plan.local, **noise).astype(np.float32)
         result = train(workspace.model, records, plan.local, request.weights, **noise)
         update = np.concatenate([result.update, counts])
         cohort = request.cohort if isinstance(request, MaskRequest) else ()

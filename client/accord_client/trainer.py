@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from accord_client.dpsgd import ClippedOptimizer, NoisyOptimizer
-from accord_client.gradients import GradientTape
+from accord_client.gradients import CLIP_MARGIN, Clipped, GradientTape
 from accord_shared.dp.noise import SecureGenerator
 from accord_shared.errors import PrivacyError
 from accord_shared.plan import LocalSpec
@@ -114,6 +114,64 @@ def train(
     return LocalUpdate(update=update, steps=steps, rejected=rejected)
 
 
+def clipped_gradient(
+    model: TrainableModel,
+    batches: Batches,
+    spec: LocalSpec,
+    weights: Vector,
+    *,
+    generator: SecureGenerator,
+    runtime: Runtime,
+) -> npt.NDArray[np.float64]:
+    """The step of DP-FedSGD that awaits its noise: -η/(q·E) · Σ of clipped unit gradients at `weights` [P], in fp64.
+
+    Of one Poisson sample. Nothing of it may leave before shared noise is on it.
+
+    Raises:
+        PrivacyError: the plan names no clip norm.
+        NonFinite: the joint weights hold NaN or infinity.
+    """
+    if spec.clip_norm is None:
+        raise PrivacyError("shared noise needs a clip norm")
+    check_finite(weights, "the joint weights")
+    model.load(weights)
+    total = _Steps(model, batches, spec, 0.0, generator, runtime).clipped_sum(spec.clip_norm)
+    if total is None:
+        return np.zeros(len(weights))
+    update: npt.NDArray[np.float64] = total.cpu().numpy() * -(
+        spec.learning_rate / (spec.sampling_rate * spec.expected_records)
+    )
+    return update
+
+
+def clipped_update(
+    model: TrainableModel,
+    batches: Batches,
+    spec: LocalSpec,
+    weights: Vector,
+    *,
+    generator: SecureGenerator,
+    runtime: Runtime,
+) -> npt.NDArray[np.float64]:
+    """A whole update [P] of plain local training, scaled to norm ≤ C in fp64: `participant` noise awaits it.
+
+    An update that is not finite counts as none.
+
+    Raises:
+        PrivacyError: the plan names no clip norm.
+        NonFinite: the joint weights hold NaN or infinity.
+    """
+    if spec.clip_norm is None:
+        raise PrivacyError("shared noise needs a clip norm")
+    plain = spec.model_copy(update={"clip_norm": None})
+    trained = train(model, batches, plain, weights, noise_multiplier=0.0, generator=generator, runtime=runtime)
+    update = trained.update.astype(np.float64)
+    norm = float(np.linalg.norm(update))
+    if not np.isfinite(norm):
+        return np.zeros(len(weights))
+    return update * min(1.0, spec.clip_norm / (norm * (1.0 + CLIP_MARGIN))) if norm > 0.0 else update
+
+
 @dataclass
 class _Steps:
     """The local steps of one round."""
@@ -137,16 +195,29 @@ class _Steps:
         grouped = _UnitRows(self.batches.units, self.batches.lengths)
         optimizer = self._clipped_optimizer(self.spec.clip_norm)
         for _ in range(self.spec.steps_per_round):
-            chosen = np.flatnonzero(self.generator.bernoulli(self.spec.sampling_rate, grouped.n_units))
-            for rows, unit_of_row, n_units in grouped.micro_batches(chosen, self.runtime.rows_in_memory):
-                with tape.recording(torch.from_numpy(unit_of_row).to(self.runtime.device), n_units):
-                    self._loss(rows).backward()  # type: ignore[no-untyped-call]
-                clipped = tape.clip(self.spec.clip_norm)
-                self.rejected += clipped.rejected
+            for clipped in self._clipped(tape, grouped, self.spec.clip_norm, exact=False):
                 optimizer.accumulate(clipped)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return self.accounted, self.rejected
+
+    def clipped_sum(self, clip_norm: float) -> Tensor | None:
+        """The sum [P] of clipped gradients of one Poisson sample, fp64; None for an empty one."""
+        grouped = _UnitRows(self.batches.units, self.batches.lengths)
+        total: Tensor | None = None
+        for clipped in self._clipped(GradientTape(self.model.module), grouped, clip_norm, exact=True):
+            total = clipped.total if total is None else total + clipped.total
+        return total
+
+    def _clipped(self, tape: GradientTape, grouped: _UnitRows, clip_norm: float, *, exact: bool) -> Iterator[Clipped]:
+        """The clipped sums of one Poisson sample, a micro-batch at a time."""
+        chosen = np.flatnonzero(self.generator.bernoulli(self.spec.sampling_rate, grouped.n_units))
+        for rows, unit_of_row, n_units in grouped.micro_batches(chosen, self.runtime.rows_in_memory):
+            with tape.recording(torch.from_numpy(unit_of_row).to(self.runtime.device), n_units):
+                self._loss(rows).backward()  # type: ignore[no-untyped-call]
+            clipped = tape.clip(clip_norm, exact=exact)
+            self.rejected += clipped.rejected
+            yield clipped
 
     def _clipped_optimizer(self, clip_norm: float) -> ClippedOptimizer:
         kind = NoisyOptimizer if self.noise_multiplier > 0.0 else ClippedOptimizer

@@ -30,6 +30,8 @@ class Enquiry:
     plan_hash: str
     roster_hash: str
     """Empty where the plan does without secure aggregation."""
+    receipt: bytes = b""
+    """To a site whose ledger went back: the newest receipt that the coordinator has of it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Joined:
     plan_hash: str
     credential: bytes = b""
     bundle: bytes = b""
+    receipt: bytes = b""
+    """Of the site's privacy ledger, for the coordinator to keep; only the site can read it."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class MaskedUpload:
     sealed: tuple[bytes, ...]
     next_bundle: bytes
     tag: bytes
+    receipt: bytes = b""
+    """As in `Joined`."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from accord_shared.canonical import canonical_bytes, canonical_hash
 from accord_shared.errors import PlanError
-from accord_shared.secagg.graph import sparse_thresholds
+from accord_shared.secagg.graph import most_left_out, sparse_thresholds
 from accord_shared.secagg.thresholds import COMPLETE_MAX, SMALL_MAX, signatures, thresholds
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -186,8 +186,8 @@ class SecureAggregationSpec(Table):
     """Whether the coordinator may see single updates."""
 
     mode: Literal["malicious", "semi_honest", "off"] = "malicious"
-    bits: int = Field(default=24, ge=8, le=62)
-    """Width of the modulus: bytes up are `bits` / 8 a parameter."""
+    bits: int | None = Field(default=None, ge=8, le=62)
+    """Width of the modulus: bytes up are `bits` / 8 a parameter. None: 24 or, under shared noise, what it needs."""
     bound: Positive | None = None
     """Largest magnitude of a coordinate of one site's update (None: from the plan's other constants)."""
 
@@ -236,14 +236,21 @@ class Plan(Table):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        noise, shared_noise = self.privacy.noise, self.privacy.noise in ("cohort", "participant")
+        noise, local = self.privacy.noise, self.local
+        if noise == "cohort" and (local.optimizer, local.momentum) != ("sgd", 0.0):
+            raise ValueError(
+                'privacy.noise = "cohort" needs local.optimizer = "sgd" without momentum: one clipped gradient is '
+                "summed; server.optimizer has momentum and adaptive steps"
+            )
         if noise == "cohort" and self.local.steps_per_round != 1:
             raise ValueError(
                 'local.steps_per_round must be 1 under privacy.noise = "cohort": local iterates depend on the '
                 "site's own share of the noise only, so several steps would not carry the cohort's guarantee"
             )
-        if shared_noise and self.secure_aggregation.mode == "off":
+        if self.shared_noise and self.secure_aggregation.mode == "off":
             raise ValueError(f'privacy.noise = "{noise}" needs secure_aggregation.mode other than "off"')
+        if noise == "participant" and self.evaluation.released_fraction > 0:
+            raise ValueError('evaluation.released_fraction needs privacy.noise other than "participant"')
         self._check_thresholds()
         if noise != "none" and self.local.clip_norm is None:
             raise ValueError(f'local.clip_norm is missing: privacy.noise = "{noise}" needs it')
@@ -281,9 +288,35 @@ class Plan(Table):
         return self.run.rounds_per_site or self.run.rounds
 
     @property
+    def shared_noise(self) -> bool:
+        """Whether sites add shares of one noise: what leaves a site is protected by the secure sum alone."""
+        return self.privacy.noise in ("cohort", "participant")
+
+    @property
+    def releases(self) -> int:
+        """Most updates that one site releases.
+
+        A repeated attempt resends a `site`'s noised update unchanged; under shared noise it is a release of its own,
+        for which `run.max_extra_attempts` over the whole run are held in reserve.
+        """
+        return self.rounds_per_site + (self.run.max_extra_attempts if self.shared_noise else 0)
+
+    @property
+    def noise_sharers(self) -> int:
+        """Honest sites of a whole cohort that a sum has for certain: shared noise is divided among them.
+
+        On a sparse graph the sum may miss a few honest survivors (PROTOCOL.md, sections 9 and 13).
+        """
+        cohort = self.cohort
+        if cohort.size <= COMPLETE_MAX:
+            return cohort.size - cohort.colluders
+        degree = sparse_thresholds(cohort.size, cohort.minimum, cohort.colluders).degree or 0
+        return cohort.size - cohort.colluders - most_left_out(cohort.size, cohort.minimum, cohort.colluders, degree)
+
+    @property
     def steps(self) -> int:
         """Most noisy gradient steps of one site over the whole run."""
-        return self.rounds_per_site * self.local.steps_per_round
+        return self.releases * self.local.steps_per_round
 
     def canonical(self) -> bytes:
         """The bytes that are hashed and signed: RFC 8785 JSON, decimals as strings."""

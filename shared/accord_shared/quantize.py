@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from accord_shared.dp.discrete import FRACTION_BITS, SEED_BYTES, round_to_integers
 from accord_shared.dp.noise import SecureGenerator
+from accord_shared.dp.sharing import NoiseShares
 from accord_shared.errors import PlanError, ProtocolError
 from accord_shared.plan import LocalSpec, Plan
 from accord_shared.secagg.masking import Words, reduce_words, word_type
@@ -23,6 +25,8 @@ from accord_shared.vectors import Array, check_finite
 
 Bytes = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
+DEFAULT_BITS = 24
+"""Of the modulus, where neither the plan nor shared noise says."""
 _CHUNK = 1 << 16
 """Coordinates worked on at a time, so that they stay in cache; a multiple of 8, for bit planes."""
 _COIN_BITS = 16
@@ -118,28 +122,58 @@ class Encoding:
         return word_type(self.bits)
 
 
-def encode(vector: Array, encoding: Encoding, generator: SecureGenerator) -> Words:
+def encode(vector: Array, encoding: Encoding | NoiseShares, generator: SecureGenerator) -> Words:
     """`vector` [d] (float32 or float64) clamped, scaled and rounded at random to integers mod 2^b [d].
 
-    The expectation of a coordinate is s·x to within 2^-16, for |s·x| ≥ 2^37 to within the precision of a double.
+    With an `Encoding` the expectation of a coordinate is s·x to within 2^-16, for |s·x| ≥ 2^37 to within the precision
+    of a double. With `NoiseShares` the rounding is a discrete Gaussian about s·x, and the part of the site's noise that
+    always stays is added: what is missing are the removable components, whose seeds are secrets of the protocol.
 
     Raises:
         NonFinite: `vector` holds NaN or infinity.
-        ProtocolError: it is not one-dimensional.
+        ProtocolError: it is not one-dimensional, or not of the length that noise was divided for.
     """
     if vector.ndim != 1:
         raise ProtocolError(f"a vector of shape {vector.shape} cannot be encoded")
+    if isinstance(encoding, NoiseShares):
+        return _encode_noised(vector, encoding, generator)
     words = np.empty(len(vector), dtype=encoding.word)
     size = min(_CHUNK, len(vector))
     floats, integers = np.empty(size, dtype=np.float64), np.empty(size, dtype=np.int64)
     for start in range(0, len(vector), _CHUNK):
         part, out = vector[start : start + _CHUNK], words[start : start + _CHUNK]
         check_finite(part, "the vector to encode")
-        coins = generator.uint64((len(part) + 3) // 4).view(np.uint16)[: len(part)]
+        coins = _coins(generator, len(part))
         values = integers[: len(part)]
         (_round_narrow if encoding.bits <= _NARROW else _round_wide)(part, encoding, coins, floats[: len(part)], values)
         np.copyto(out, values, casting="unsafe")  # keeps the low bits: mod 2^(word width)
         reduce_words(out, encoding.bits)
+    return words
+
+
+def _coins(generator: SecureGenerator, count: int) -> npt.NDArray[np.uint16]:
+    return generator.uint64((count + 3) // 4).view(np.uint16)[:count]
+
+
+def _encode_noised(vector: Array, shares: NoiseShares, generator: SecureGenerator) -> Words:
+    """PROTOCOL.md, section 13: clamp, coin to the grid of 2^-8 steps, Gaussian rounding, base noise."""
+    if len(vector) != shares.dimension:
+        raise ProtocolError(f"{len(vector)} coordinates, noise is divided for {shares.dimension}")
+    words = np.zeros(len(vector), dtype=word_type(shares.bits))
+    size = min(_CHUNK, len(vector))
+    floats, integers = np.empty(size, dtype=np.float64), np.empty(size, dtype=np.int64)
+    fine = shares.scale * 2.0 ** (FRACTION_BITS + _COIN_BITS)
+    for start in range(0, len(vector), _CHUNK):
+        part, out = vector[start : start + _CHUNK], words[start : start + _CHUNK]
+        check_finite(part, "the vector to encode")
+        values = integers[: len(part)]
+        _scaled(part, fine, shares.bound * fine, floats[: len(part)])
+        np.copyto(values, floats[: len(part)], casting="unsafe")
+        np.add(values, _coins(generator, len(part)), out=values)
+        np.right_shift(values, _COIN_BITS, out=values)
+        round_to_integers(values, out, generator)
+    shares.base_noise.add(words, generator.uint64(SEED_BYTES // 8).tobytes())
+    reduce_words(words, shares.bits)
     return words
 
 
@@ -181,18 +215,20 @@ def _round_wide(
     np.add(out, whole.astype(np.int64), out=out)
 
 
-def decode(total: Words, encoding: Encoding, survivors: int) -> npt.NDArray[np.float64]:
+def decode(total: Words, encoding: Encoding | NoiseShares, survivors: int) -> npt.NDArray[np.float64]:
     """The sum [d] over `survivors` sites of what they encoded as `total` [d], mod 2^b.
 
     Raises:
         ProtocolError: `total` is not of the encoding's words, `survivors` outside 1..n, or a coordinate is beyond
             what so many honest sites can reach.
     """
-    if total.ndim != 1 or total.dtype != encoding.word:
+    if total.ndim != 1 or total.dtype != word_type(encoding.bits):
         raise ProtocolError(f"a sum of shape {total.shape} and type {total.dtype} is not of this encoding")
     if not 1 <= survivors <= encoding.sites:
         raise ProtocolError(f"a sum over {survivors} of {encoding.sites} sites")
     limit, outside = survivors * encoding.reach, 0
+    if isinstance(encoding, NoiseShares):
+        limit += encoding.tail
     values = np.empty(len(total), dtype=np.float64)
     for start in range(0, len(total), _CHUNK):
         signed = _signed(total[start : start + _CHUNK], encoding.bits)

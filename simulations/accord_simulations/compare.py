@@ -53,6 +53,8 @@ def comparison_plan(prepared: Prepared, changes: Mapping[str, Any], name: str) -
         forced |= {"cohort.size": 1, "cohort.minimum": 1}
     if name in ("central", "central_nonprivate"):
         forced["local.expected_records"] = len(resolved.population.train)
+    if prepared.plan.shared_noise and name in ("alone", "central"):
+        forced["privacy.noise"] = "site"  # of one site: all of the noise, without anybody to share it
     if name in ("nonprivate", "central_nonprivate"):
         forced |= {"privacy.noise": "none", "privacy.epsilon": None}
     own = resolved.scenario.compare.get(name, {})

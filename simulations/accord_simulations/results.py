@@ -42,6 +42,8 @@ class ParticipantResult:
     epsilon: float | None
     metrics: dict[str, float]
     """The joint model on this participant's own held-out records (empty where it has none)."""
+    epsilon_all_collude: float | None = None
+    """What it has spent if all other participants collude."""
     alone: dict[str, float] | None = None
     """A model that it trained alone at the same epsilon, on the whole test split."""
 

@@ -185,9 +185,10 @@ class _Simulation:
         participants = _participants(prepared, by_text, comparisons)
         rounds = _with_busy(self._rounds.rounds, self._rounds.ends, prepared)
         spent = [participant.epsilon for participant in participants if participant.epsilon is not None]
+        alone = [p.epsilon_all_collude for p in participants if p.epsilon_all_collude is not None]
         facts: dict[str, Any] = {
             "epsilon": max(spent) if spent else None,
-            "epsilon_all_collude": max(spent) if spent else None,  # site noise: nobody else's noise protects
+            "epsilon_all_collude": max(alone) if alone else None,
             "delta": self._plan.privacy.delta,
             "metrics": metrics,
         }
@@ -369,15 +370,18 @@ def _participants(
         own = participant.test
         predicted = np.asarray([by_text[text] for text in own.texts], dtype=np.int64)
         metrics = score(predicted, own.labels, len(plan.task.labels), plan.evaluation.metrics) if len(own) else {}
-        spent = None
+        spent = collude = None
         if plan.privacy.noise != "none":
-            spent = epsilon(releases.events, plan.privacy.delta, plan.privacy.accountant)
+            delta, accountant = plan.privacy.delta, plan.privacy.accountant
+            spent = epsilon(releases.events, delta, accountant)
+            collude = epsilon(releases.events, delta, accountant, colluding=True)
         results.append(
             ParticipantResult(
                 name=participant.name,
                 records=len(participant.train),
                 rounds_released=releases.rounds,
                 epsilon=spent,
+                epsilon_all_collude=collude,
                 metrics=metrics,
                 alone=alone[index] if alone else None,
             )

@@ -51,9 +51,9 @@ class Auto(_Table):
     """The server's learning rate from public constants: η = R·(1−β) / (C·T), R = min(`travel`·N/σ_eff, `longest`).
 
     R bounds how far T clipped steps of norm C can carry the weights under momentum β; noise makes long ways
-    worthless, so it shrinks with the noise on the mean: σ_eff = σ√(n/T) when each of n sites adds all of its
-    own. N is the expected number of records of all sites. It replaces a grid per ε, n and T; with `noise =
-    "none"` the plan's own rate stands.
+    worthless, so it shrinks with the noise on the sum: σ_eff = σ√(n/T) when each of n sites adds all of its own,
+    σ√(n/(n-c)/T) when they share it. N is the expected number of records of all sites. It replaces a grid per ε, n
+    and T; with `noise = "none"` the plan's own rate stands.
     """
 
     travel: float = Field(gt=0)
@@ -62,7 +62,8 @@ class Auto(_Table):
     def learning_rate(self, plan: Plan) -> float:
         """η for the plan, at 4 digits."""
         releases = plan.rounds_per_site * plan.local.steps_per_round
-        effective = noise_multiplier(plan) * math.sqrt(plan.cohort.size / releases)
+        sharers = plan.cohort.size / (plan.noise_sharers if plan.shared_noise else 1)
+        effective = noise_multiplier(plan) * math.sqrt(sharers / releases)
         records = plan.local.expected_records * plan.cohort.size
         way = min(self.travel * records / effective, self.longest)
         momentum = plan.server.momentum if plan.server.optimizer == "fedavgm" else 0.0
@@ -149,20 +150,13 @@ def split_changes(name: str, changes: Mapping[str, Any]) -> tuple[Scenario, dict
     """The scenario with its own keys changed, and the changes that are the plan's.
 
     Raises:
-        PlanError: the scenario is unknown, a key belongs to neither, or a mode is not there yet.
+        PlanError: the scenario is unknown, a key belongs to neither.
     """
-    _refuse_future(changes)
     table = read_scenario(name)
     override(table, changes)
     in_plan = {key: value for key, value in changes.items() if key.split(".")[0] in Plan.model_fields}
     own = {key: value for key, value in changes.items() if key not in in_plan}
     return make_scenario(override(table, own)), in_plan
-
-
-def _refuse_future(changes: Mapping[str, Any]) -> None:
-    noise = changes.get("privacy.noise")
-    if noise in ("cohort", "participant"):
-        raise PlanError(f'noise "{noise}" is not in this version yet')
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from accord_shared.identity import SEED, Identity
 from accord_shared.messages import MaskedUpload, MaskRequest, Message, Opened, OpenRequest, Refusal
 from accord_shared.plan import Plan
 from accord_shared.roster import Roster, SignedRoster, sign_roster
-from accord_shared.secagg.keys import RunTerms
+from accord_shared.secagg.keys import Head, RunTerms
 from accord_shared.secagg.masking import Words
 
 _EMPTY = np.empty(0, dtype=np.float32)
@@ -139,9 +139,9 @@ class VaultMembers:
             raise result.error()
         return result
 
-    def join(self, terms: RunTerms) -> tuple[bytes, bytes]:
+    def join(self, terms: RunTerms, head: Head) -> tuple[bytes, bytes]:
         """Credential and newest bundle."""
-        credential, bundle = self._call("join", terms)
+        credential, bundle = self._call("join", terms, head)
         return credential, bundle
 
     def answer(self, request: SideRequest) -> Message:
@@ -149,13 +149,14 @@ class VaultMembers:
         reply: Message = self._call("answer", request)
         return reply
 
-    def accept(self, request: MaskRequest, model_hash: str) -> None:
+    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Head]:
         """Trip 1, before training; the weights stay here."""
-        self._call("accept", replace(request, weights=_EMPTY), model_hash)
+        heads: dict[str, Head] = self._call("accept", replace(request, weights=_EMPTY), model_hash)
+        return heads
 
-    def mask(self, run_id: str, words: Words) -> MaskedUpload:
+    def mask(self, run_id: str, words: Words, head: Head) -> MaskedUpload:
         """Trip 1, after training."""
-        upload: MaskedUpload = self._call("mask", run_id, words)
+        upload: MaskedUpload = self._call("mask", run_id, words, head)
         return upload
 
     def check_opening(self, request: OpenRequest) -> str:

@@ -229,6 +229,7 @@ def test_what_a_joining_site_emits(tmp_path: Path) -> None:
         f"{FIELDS}.plan_hash": plan.hash,
         f"{FIELDS}.credential": b"",
         f"{FIELDS}.bundle": b"",
+        f"{FIELDS}.receipt": b"",
     }
 
 

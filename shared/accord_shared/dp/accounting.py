@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from accord_shared.dp.events import Event, SampledGaussian, merge
+from accord_shared.dp.events import Event, SampledGaussian, SharedGaussian, merge
 from accord_shared.errors import MissingExtra, PlanError, UnknownMechanism
 from accord_shared.plan import Plan
 
@@ -27,29 +27,44 @@ MIN_SIGMA, MAX_SIGMA = 0.2, 1e6
 """Noise multipliers outside are no mechanism that anybody should run: refused as a plan error."""
 
 
-def epsilon(events: Sequence[Event], delta: float, accountant: str = "pld") -> float:
-    """The smallest proven ε such that the composition of `events` is (ε, `delta`)-DP.
+def epsilon(events: Sequence[Event], delta: float, accountant: str = "pld", *, colluding: bool = False) -> float:
+    """The smallest proven ε such that the composition of `events` is (ε, `delta`)-DP; infinite where there is none.
+
+    Against the coordinator and the public; with `colluding`, if all other participants collude with them.
 
     Raises:
         UnknownMechanism: an event or accountant that has no proof here.
         MissingExtra: `prv` without Opacus.
     """
-    merged = _collapse(merge(events))
-    return _epsilon(merged, delta, accountant) if merged else 0.0
+    merged = merge(events)
+    left = delta - sum(event.slack * event.steps for event in merged if isinstance(event, SharedGaussian))
+    if left <= 0.0:
+        return math.inf
+    gaussians = _collapse(merge(_gaussian(event, colluding=colluding) for event in merged))
+    return _epsilon(gaussians, left, accountant) if gaussians else 0.0
 
 
-def _collapse(events: tuple[Event, ...]) -> tuple[Event, ...]:
+def _gaussian(event: Event, *, colluding: bool) -> SampledGaussian:
+    """The sampled Gaussian that an event is to whoever looks."""
+    if isinstance(event, SampledGaussian):
+        return event
+    sigma = event.own_noise_multiplier if colluding else event.noise_multiplier
+    return SampledGaussian(sigma, event.sampling_rate, event.steps)
+
+
+def _collapse(events: Sequence[Event]) -> tuple[SampledGaussian, ...]:
     """All unsampled Gaussians as one."""
-    full = [event for event in events if event.sampling_rate == 1.0]
+    gaussians = [event for event in events if isinstance(event, SampledGaussian)]
+    full = [event for event in gaussians if event.sampling_rate == 1.0]
     if not full:
-        return events
+        return tuple(gaussians)
     precision = sum(event.steps / event.noise_multiplier**2 for event in full)
     one = SampledGaussian(noise_multiplier=precision**-0.5, sampling_rate=1.0, steps=1)
-    return (*[event for event in events if event.sampling_rate < 1.0], one)
+    return (*[event for event in gaussians if event.sampling_rate < 1.0], one)
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(events: tuple[Event, ...], delta: float, accountant: str) -> float:
+def _epsilon(events: tuple[SampledGaussian, ...], delta: float, accountant: str) -> float:
     compute = _ACCOUNTANTS.get(accountant)
     if compute is None:
         raise UnknownMechanism(f"unknown accountant {accountant!r}")
@@ -60,7 +75,7 @@ PLD_GRID, COARSE_PLD_GRID = 1e-4, 1e-3
 """Privacy-loss grids: of what is reported, and ten times faster for searching. Both only ever overstate."""
 
 
-def _pld(events: tuple[Event, ...], delta: float, grid: float = PLD_GRID) -> float:
+def _pld(events: tuple[SampledGaussian, ...], delta: float, grid: float = PLD_GRID) -> float:
     if len(events) == 1 and events[0].sampling_rate == 1.0:
         return gaussian_epsilon(events[0].noise_multiplier, delta)
     total: Any = None
@@ -80,7 +95,7 @@ def _gaussian_pld(sigma: float, sampling_rate: float, grid: float) -> Any:
     )
 
 
-def _rdp(events: tuple[Event, ...], delta: float) -> float:
+def _rdp(events: tuple[SampledGaussian, ...], delta: float) -> float:
     import dp_accounting  # noqa: PLC0415
     from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415
 
@@ -119,7 +134,7 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
     return float(brentq(excess, 0.0, high, xtol=1e-12, rtol=1e-12)) * (1 + 1e-9)
 
 
-def _prv(events: tuple[Event, ...], delta: float) -> float:
+def _prv(events: tuple[SampledGaussian, ...], delta: float) -> float:
     try:
         from opacus.accountants import PRVAccountant  # noqa: PLC0415
     except ImportError:
@@ -132,7 +147,7 @@ def _prv(events: tuple[Event, ...], delta: float) -> float:
         return float(tool.get_epsilon(delta=delta))
 
 
-_ACCOUNTANTS: dict[str, Callable[[tuple[Event, ...], float], float]] = {
+_ACCOUNTANTS: dict[str, Callable[[tuple[SampledGaussian, ...], float], float]] = {
     "pld": _pld,
     "pld-coarse": lambda events, delta: _pld(events, delta, COARSE_PLD_GRID),
     "prv": _prv,
@@ -185,8 +200,13 @@ def _round_up(sigma: float) -> float:
     return math.ceil(sigma / unit) * unit
 
 
+SLACK = 2.0**-59
+"""What one release under shared noise adds to δ: its rounding is unlucky with probability 2^-60, and 2^60 samples of
+noise are together within 2^-60 of their distribution (`accord_shared.dp.discrete.TOTAL_VARIATION`)."""
+
+
 def noise_multiplier(plan: Plan) -> float:
-    """σ of the plan: 0 without privacy, else calibrated so that all its steps cost `privacy.epsilon`.
+    """σ of the plan: 0 without privacy, else calibrated so that all releases of a site cost `privacy.epsilon`.
 
     Raises:
         PlanError: the target is unreachable.
@@ -194,29 +214,45 @@ def noise_multiplier(plan: Plan) -> float:
     privacy = plan.privacy
     if privacy.epsilon is None:
         return 0.0
-    return calibrate(privacy.epsilon, privacy.delta, plan.local.sampling_rate, plan.steps, privacy.accountant)
+    steps = plan.releases * plan.local.steps_per_round
+    if not plan.shared_noise:
+        return calibrate(privacy.epsilon, privacy.delta, plan.local.sampling_rate, steps, privacy.accountant)
+    delta = privacy.delta - plan.releases * SLACK
+    if delta <= 0.0:
+        raise PlanError(f"privacy.delta = {privacy.delta:g} is below what rounding costs in {plan.releases} rounds")
+    if privacy.noise == "participant":
+        return calibrate(privacy.epsilon, delta, 1.0, plan.releases, privacy.accountant)
+    return calibrate(privacy.epsilon, delta, plan.local.sampling_rate, steps, privacy.accountant)
 
 
-def round_event(plan: Plan, sigma: float) -> Event | None:
-    """What one finished round at noise multiplier `sigma` costs a site; None without privacy."""
+def round_event(plan: Plan, sigma: float, own_sigma: float | None = None) -> Event | None:
+    """What one release at noise multiplier `sigma` costs a site; None without privacy.
+
+    `own_sigma` is what is left of shared noise if all others collude (None: the plan's share).
+    """
+    rate = plan.local.sampling_rate
     if plan.privacy.noise == "none":
         return None
-    return SampledGaussian(sigma, plan.local.sampling_rate, plan.local.steps_per_round)
+    if plan.privacy.noise == "site":
+        return SampledGaussian(sigma, rate, plan.local.steps_per_round)
+    own = own_sigma if own_sigma is not None else sigma / math.sqrt(max(1, plan.noise_sharers))
+    return SharedGaussian(sigma, own, 1.0 if plan.privacy.noise == "participant" else rate, 1, SLACK)
 
 
 def run_epsilon(plan: Plan, event: Event) -> float:
-    """ε of a site that releases as many rounds as the plan grants it, each costing `event`."""
-    whole = replace(event, steps=event.steps * plan.rounds_per_site)
+    """ε of a site that releases as often as the plan grants it, each time costing `event`."""
+    whole = replace(event, steps=event.steps * plan.releases)
     return epsilon([whole], plan.privacy.delta, plan.privacy.accountant)
 
 
-def plan_epsilon(plan: Plan, rounds: int, *, coarse: bool = False) -> float | None:
-    """ε that a site has spent once it has released `rounds` rounds of the plan; None without privacy.
+def plan_epsilon(plan: Plan, releases: int, *, coarse: bool = False, colluding: bool = False) -> float | None:
+    """ε that a site has spent after so many `releases` under the plan; None without privacy.
 
     `coarse` is ten times faster for `pld` and overstates by up to a percent: for curves, not for claims.
     """
     event = round_event(plan, noise_multiplier(plan))
     if event is None:
         return None
-    accountant = plan.privacy.accountant
-    return epsilon([event] * rounds, plan.privacy.delta, "pld-coarse" if coarse and accountant == "pld" else accountant)
+    name = plan.privacy.accountant
+    accountant = "pld-coarse" if coarse and name == "pld" else name
+    return epsilon([event] * releases, plan.privacy.delta, accountant, colluding=colluding)

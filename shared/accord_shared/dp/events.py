@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accord_shared.errors import UnknownMechanism
@@ -22,21 +22,46 @@ class SampledGaussian:
     steps: int
 
     def __post_init__(self) -> None:
-        whole = type(self.steps) is int and self.steps >= 1
-        if not (0 < self.noise_multiplier < math.inf and 0 < self.sampling_rate <= 1 and whole):
+        _require_mechanism(self, self.noise_multiplier, self.sampling_rate, self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values with the kind's name."""
+        return {"kind": "sampled_gaussian", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class SharedGaussian:
+    """`steps` times: a sum over sites to which each adds its share of integer noise under secure aggregation.
+
+    As `SampledGaussian`, for whoever does not know the noise of the honest sites; whoever knows that of all other sites
+    is left with `own_noise_multiplier`. Each step adds `slack` to δ: what rounding to integers may let through
+    (PROTOCOL.md, section 13). Under `participant` noise the unit is a site and `sampling_rate` is 1.
+    """
+
+    noise_multiplier: float
+    own_noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    slack: float
+
+    def __post_init__(self) -> None:
+        _require_mechanism(self, self.noise_multiplier, self.sampling_rate, self.steps)
+        if not (0 < self.own_noise_multiplier <= self.noise_multiplier and 0 <= self.slack < 1):
             raise UnknownMechanism(f"no guarantee follows from {self}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values with the kind's name."""
-        return {
-            "kind": "sampled_gaussian",
-            "noise_multiplier": self.noise_multiplier,
-            "sampling_rate": self.sampling_rate,
-            "steps": self.steps,
-        }
+        return {"kind": "shared_gaussian", **asdict(self)}
 
 
-Event = SampledGaussian
+Event = SampledGaussian | SharedGaussian
+_KINDS: dict[str, type[Event]] = {"sampled_gaussian": SampledGaussian, "shared_gaussian": SharedGaussian}
+
+
+def _require_mechanism(event: Event, noise_multiplier: float, sampling_rate: float, steps: int) -> None:
+    whole = type(steps) is int and steps >= 1
+    if not (0 < noise_multiplier < math.inf and 0 < sampling_rate <= 1 and whole):
+        raise UnknownMechanism(f"no guarantee follows from {event}")
 
 
 def event_from_json(value: dict[str, Any]) -> Event:
@@ -46,21 +71,21 @@ def event_from_json(value: dict[str, Any]) -> Event:
         UnknownMechanism: another kind, or fields that do not fit.
     """
     fields = dict(value)
-    if fields.pop("kind", None) != "sampled_gaussian":
+    kind = _KINDS.get(str(fields.pop("kind", None)))
+    if kind is None:
         raise UnknownMechanism(f"unknown event kind {value.get('kind')!r}")
     try:
-        return SampledGaussian(**fields)
+        return kind(**fields)
     except TypeError:
         raise UnknownMechanism(f"malformed event {value!r}") from None
 
 
 def merge(events: Iterable[Event]) -> tuple[Event, ...]:
     """The same events with equal mechanisms counted together (composition commutes)."""
-    counts: dict[tuple[float, float], Event] = {}
+    counts: dict[Event, int] = {}
     for event in events:
-        if not isinstance(event, SampledGaussian):
+        if not isinstance(event, SampledGaussian | SharedGaussian):
             raise UnknownMechanism(f"unknown event {type(event).__name__}")
-        key = (event.noise_multiplier, event.sampling_rate)
-        known = counts.get(key)
-        counts[key] = event if known is None else replace(known, steps=known.steps + event.steps)
-    return tuple(counts.values())
+        one = replace(event, steps=1)
+        counts[one] = counts.get(one, 0) + event.steps
+    return tuple(replace(one, steps=steps) for one, steps in counts.items())

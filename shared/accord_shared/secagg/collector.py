@@ -57,6 +57,8 @@ class Collector:
         self._survivors: tuple[int, ...] | None = None
         self._dropped: dict[int, tuple[int, ...]] = {}
         """Of each survivor, its partners that did not upload; known once the set stands."""
+        self._removed: tuple[int, ...] = ()
+        """Noise components that every survivor's seeds are opened of; known once the set stands."""
 
     @property
     def survivors(self) -> tuple[int, ...]:
@@ -76,7 +78,8 @@ class Collector:
         if upload.payload.shape != (packed_bytes(attempt.terms.bits, attempt.terms.dimension),):
             raise ProtocolError(f"an upload of {upload.payload.nbytes} bytes")
         others = [holder for holder in self._holders[index] if holder != index]
-        length = map_bytes(len(attempt.cohort)) + SHARE_BYTES * (1 + len(self._partners[index])) + TAG_BYTES
+        secrets = 1 + len(self._partners[index]) + attempt.terms.components
+        length = map_bytes(len(attempt.cohort)) + SHARE_BYTES * secrets + TAG_BYTES
         if [len(blob) for blob in upload.sealed] != [length] * len(others):
             raise ProtocolError("sealed shares of another number or length than were due")
         used = Bundle.parse(attempt.bundles[index])
@@ -105,6 +108,7 @@ class Collector:
         count = len(self._attempt.cohort)
         least = count if count <= SMALL_MAX else self._attempt.terms.minimum
         self._check_enough(len(self._survivors), least, "uploaded")
+        self._removed = self._attempt.terms.removed(len(self._survivors))
         terms, attempt = self._attempt.terms, self._attempt
         return SurvivorsRequest(terms.run_id, attempt.round, attempt.attempt, self._survivors)
 
@@ -163,7 +167,8 @@ class Collector:
             raise ProtocolError(f"shares of {len(reply.shares)} sites came where {len(self.survivors)} were due")
         for sender, part in zip(self.survivors, reply.shares, strict=True):
             holds = index == sender or index in self._sealed[sender]
-            if part and not (holds and len(part) == SHARE_BYTES * (1 + len(self._dropped[sender]))):
+            due = SHARE_BYTES * (1 + len(self._dropped[sender]) + len(self._removed))
+            if part and not (holds and len(part) == due):
                 raise ProtocolError(f"shares of {self._attempt.cohort[sender]!r} with another length than was due")
         for sender, part in zip(self.survivors, reply.shares, strict=True):
             if part:
@@ -177,15 +182,27 @@ class Collector:
         """
         plus: list[bytes] = []
         minus: list[bytes] = []
+        excess: dict[int, list[bytes]] = {index: [] for index in self._removed}
         for senders, holders in self._openers():
             seeds = iter(self._rebuild(senders, holders))
             for sender in senders:
                 minus.append(next(seeds))  # the self-mask was added by its owner: take it away
                 for partner in self._dropped[sender]:
                     (minus if partner > sender else plus).append(next(seeds))
+                for index in self._removed:
+                    excess[index].append(next(seeds))
         add_masks(self._total, plus, minus, threads=threads)
+        self._remove_noise(excess)
         reduce_words(self._total, self._attempt.terms.bits)
         return self._total
+
+    def _remove_noise(self, excess: Mapping[int, Sequence[bytes]]) -> None:
+        """Take the opened components away, which fewer dropouts than feared have made needless (section 13)."""
+        noise = self._attempt.terms.noise
+        for index, seeds in excess.items():
+            for seed in seeds:
+                if noise is not None:
+                    noise.component_noise[index].add(self._total, seed, negative=True)
 
     def _openers(self) -> list[tuple[list[int], tuple[int, ...]]]:
         """(survivors, the holders whose shares rebuild their secrets): survivors with the same holders together."""
@@ -199,7 +216,7 @@ class Collector:
         return [(senders, holders) for holders, senders in groups.items()]
 
     def _rebuild(self, senders: Sequence[int], holders: Sequence[int]) -> list[bytes]:
-        """Of each sender its self-mask seed, then those of its pairs with the dropped."""
+        """Of each sender its self-mask seed, those of its pairs with the dropped, those of removed noise."""
         try:
             parts = [b"".join(self._shares[sender][holder] for sender in senders) for holder in holders]
             secrets = shamir.rebuild(np.stack([shamir.from_bytes(part) for part in parts]), holders)

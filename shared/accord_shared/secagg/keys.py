@@ -21,19 +21,22 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.canonical import decimal_string
+from accord_shared.dp.sharing import NoiseShares
 from accord_shared.errors import PlanError, ProtocolError
 from accord_shared.frames import frame, hash_frame
 from accord_shared.identity import BOTH_SIGNATURES, ED25519_SIGNATURE, Identity, Member, verify, verify_both
 from accord_shared.plan import Plan
-from accord_shared.quantize import Encoding, default_bound
+from accord_shared.quantize import DEFAULT_BITS, Encoding, default_bound
 from accord_shared.secagg.graph import sparse_thresholds
 from accord_shared.secagg.thresholds import COMPLETE_MAX, Mode, Thresholds, thresholds
 
 SESSION_BYTES, KEM_PUBLIC_BYTES, KEM_SEED_BYTES, CIPHERTEXT_BYTES = 16, 1184, 64, 1088
 CREDENTIAL_BYTES = SESSION_BYTES + KEM_PUBLIC_BYTES + BOTH_SIGNATURES
-BUNDLE_BYTES = SESSION_BYTES + 4 + 32 + ED25519_SIGNATURE
+HEAD_BYTES = 8 + 32
+BUNDLE_BYTES = SESSION_BYTES + 4 + 32 + HEAD_BYTES + ED25519_SIGNATURE
 INTRODUCTION_BYTES = CIPHERTEXT_BYTES + BOTH_SIGNATURES
 TAG_BYTES = 16
+_BUNDLE = f">{SESSION_BYTES}sI32sQ32s{ED25519_SIGNATURE}s"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class RunTerms:
     """A of the encoding."""
     own_noise: bool
     """Whether every update carries its full noise: then even two sites may sum."""
+    noise: NoiseShares | None = None
+    """How noise is divided, where the sites of a sum share it."""
 
     @staticmethod
     def of(plan: Plan, run_id: str, roster_hash: str, dimension: int, noise_multiplier: float) -> RunTerms:
@@ -64,18 +69,21 @@ class RunTerms:
         spec = plan.secure_aggregation
         if spec.mode == "off":
             raise PlanError("the plan does without secure aggregation")
+        coordinates = dimension + plan.extra_coordinates
+        noise = NoiseShares.of(plan, coordinates, noise_multiplier) if plan.shared_noise else None
         return RunTerms(
             run_id=run_id,
             plan_hash=plan.hash,
             roster_hash=roster_hash,
             mode=spec.mode,
-            bits=spec.bits,
-            dimension=dimension + plan.extra_coordinates,
+            bits=noise.bits if noise else spec.bits or DEFAULT_BITS,
+            dimension=coordinates,
             minimum=plan.cohort.minimum,
             colluders=plan.cohort.colluders,
             size=plan.cohort.size,
-            bound=spec.bound or default_bound(plan, noise_multiplier),
+            bound=noise.bound if noise else spec.bound or default_bound(plan, noise_multiplier),
             own_noise=plan.privacy.noise == "site",
+            noise=noise,
         )
 
     @property
@@ -94,9 +102,18 @@ class RunTerms:
         return thresholds(sites, self.minimum, self.colluders, self.mode, self.size)
 
     @property
-    def encoding(self) -> Encoding:
+    def encoding(self) -> Encoding | NoiseShares:
         """How updates become words: no sum of `size` of them can wrap."""
-        return Encoding(bits=self.bits, sites=self.size, bound=self.bound)
+        return self.noise or Encoding(bits=self.bits, sites=self.size, bound=self.bound)
+
+    @property
+    def components(self) -> int:
+        """Removable components of each site's noise."""
+        return len(self.noise.components) if self.noise else 0
+
+    def removed(self, survivors: int) -> tuple[int, ...]:
+        """Which components are opened once so many sites are certified."""
+        return self.noise.removed(survivors) if self.noise else ()
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -163,21 +180,39 @@ non-canonical forms): one signed bundle with such a key would make every peer re
 
 
 @dataclass(frozen=True)
+class Head:
+    """The newest entry of a site's privacy ledger: peers and coordinator remember it, and refuse one that went back."""
+
+    seq: int = 0
+    digest: bytes = bytes(32)
+
+    def to_bytes(self) -> bytes:
+        """u64 big-endian, then the 32 bytes."""
+        return struct.pack(">Q", self.seq) + self.digest
+
+
+NO_LEDGER = Head()
+"""Of a site that has not written anything yet."""
+
+
+@dataclass(frozen=True)
 class Bundle:
-    """A site's X25519 key of one generation, signed for its session."""
+    """A site's X25519 key of one generation, signed for its session, with the head of its privacy ledger."""
 
     session: bytes
     generation: int
     public: bytes
+    head: Head = NO_LEDGER
 
     def signed_bytes(self, terms: RunTerms, name: str) -> bytes:
         """What is signed."""
-        return frame("accord/1/bundle", *terms.names, name, self.session, self.generation, self.public)
+        own = (self.session, self.generation, self.public, self.head.to_bytes())
+        return frame("accord/1/bundle", *terms.names, name, *own)
 
     def issue(self, terms: RunTerms, name: str, identity: Identity) -> bytes:
         """The bundle as it travels."""
-        head = self.session + struct.pack(">I", self.generation) + self.public
-        return head + identity.sign(self.signed_bytes(terms, name))
+        body = self.session + struct.pack(">I", self.generation) + self.public + self.head.to_bytes()
+        return body + identity.sign(self.signed_bytes(terms, name))
 
     @staticmethod
     def parse(data: bytes) -> Bundle:
@@ -187,8 +222,8 @@ class Bundle:
             ProtocolError: wrong length.
         """
         _exactly(data, BUNDLE_BYTES, "a bundle")
-        session, (generation,) = data[:SESSION_BYTES], struct.unpack(">I", data[SESSION_BYTES : SESSION_BYTES + 4])
-        return Bundle(session=session, generation=generation, public=data[SESSION_BYTES + 4 : -ED25519_SIGNATURE])
+        session, generation, public, seq, digest, _ = struct.unpack(_BUNDLE, data)
+        return Bundle(session=session, generation=generation, public=public, head=Head(seq, digest))
 
     @staticmethod
     def read(data: bytes, terms: RunTerms, member: Member) -> Bundle:
@@ -282,7 +317,8 @@ class Attempt:
         t = self.terms
         numbers = (self.round, self.attempt, t.roster_hash, t.plan_hash, t.mode, t.bits, decimal_string(t.bound))
         shown = (t.dimension, self.model_hash, self.coordinator, self.run_names, self.cohort, self.bundles)
-        return hash_frame("accord/1/context", PROTOCOL_VERSION, t.run_id, *numbers, *shown)
+        noise = (t.noise.facts,) if t.noise else ()
+        return hash_frame("accord/1/context", PROTOCOL_VERSION, t.run_id, *numbers, *shown, *noise)
 
     def survivors_bytes(self, survivors: Sequence[int]) -> bytes:
         """What a site signs in trip 2."""

@@ -36,10 +36,12 @@ from accord_shared.secagg.dealing import dealt, opened_part
 from accord_shared.secagg.graph import choose_neighbours
 from accord_shared.secagg.keys import (
     KEM_SEED_BYTES,
+    NO_LEDGER,
     SESSION_BYTES,
     Attempt,
     Bundle,
     Credential,
+    Head,
     PairKeys,
     Party,
     RunTerms,
@@ -97,12 +99,20 @@ class Member:
     """
 
     def __init__(
-        self, name: str, identity: Identity, roster: Roster, terms: RunTerms, *, random: Random = os.urandom
+        self,
+        name: str,
+        identity: Identity,
+        roster: Roster,
+        terms: RunTerms,
+        *,
+        head: Head = NO_LEDGER,
+        random: Random = os.urandom,
     ) -> None:
         if roster.hash != terms.roster_hash:
             raise ProtocolError("R1: the run has another roster than this site accepted")
         roster.member(name)
         self._name, self._identity, self._roster, self._terms, self._random = name, identity, roster, terms, random
+        self._head = head
         self._session = random(SESSION_BYTES)
         self._kem = MLKEM768PrivateKey.from_seed_bytes(random(KEM_SEED_BYTES))
         self._keys: dict[int, X25519PrivateKey] = {}
@@ -171,10 +181,11 @@ class Member:
 
     # Trip 1
 
-    def accept(self, request: MaskRequest, model_hash: str) -> None:
+    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Head]:
         """Check a request (R1 to R5) and derive the attempt's keys; the site trains after it.
 
-        `model_hash` is of the weights that the site received; the request's own weights are not looked at.
+        `model_hash` is of the weights that the site received; the request's own weights are not looked at. Returns the
+        heads of the partners' privacy ledgers, as they signed them: R11 is the site's, whose disk remembers them.
 
         Raises:
             ProtocolError: a rule says no; the attempt is burned.
@@ -207,9 +218,10 @@ class Member:
             holders=self._holders(request.cohort, own, partners),
             pairs={index: self._pair(attempt, own, index, private) for index in partners},
         )
+        return {request.cohort[index]: Bundle.parse(request.bundles[index]).head for index in partners}
 
-    def mask(self, words: Words, *, threads: int = 1) -> MaskedUpload:
-        """Mask the encoded update `words` [d] (consumed), deal and seal the shares.
+    def mask(self, words: Words, head: Head = NO_LEDGER, *, threads: int = 1) -> MaskedUpload:
+        """Mask the encoded update `words` [d] (consumed), deal and seal the shares. `head` is of the site's ledger now.
 
         Raises:
             ProtocolError: nothing was accepted, it was masked before, or the length is another.
@@ -218,13 +230,15 @@ class Member:
         if words.shape != (self._terms.dimension,):
             raise ProtocolError(f"R6: {words.shape} words came where {self._terms.dimension} were due")
         current.masked = True
+        self._head = head
         attempt, own, partners = current.attempt, current.own, current.partners
         self_mask = self._random(SEED_BYTES)
         seeds = {index: current.pairs[index].mask_seed for index in partners}
         plus = [self_mask, *(seeds[index] for index in partners if index > own)]
         add_masks(words, plus, [seeds[index] for index in partners if index < own], threads=threads)
+        noise_seeds = self._add_components(words)
         reduce_words(words, self._terms.bits)
-        sealed = self._deal(current, [self_mask, *(seeds[index] for index in partners)])
+        sealed = self._deal(current, [self_mask, *(seeds[index] for index in partners), *noise_seeds])
         payload = pack(words, self._terms.bits)
         next_bundle = self.bundle if len(self._bundles) > 1 else self._renew()  # a lost upload's is offered again
         return MaskedUpload(
@@ -236,6 +250,14 @@ class Member:
             next_bundle=next_bundle,
             tag=upload_tag(current.upload_key, payload.data, sealed, next_bundle),
         )
+
+    def _add_components(self, words: Words) -> list[bytes]:
+        """Add the removable components of this site's noise; returns their seeds (section 13)."""
+        noises = self._terms.noise.component_noise if self._terms.noise else ()
+        seeds = [self._random(SEED_BYTES) for _ in noises]
+        for noise, seed in zip(noises, seeds, strict=True):
+            noise.add(words, seed)
+        return seeds
 
     def _deal(self, current: _Round, secrets: Sequence[bytes]) -> tuple[bytes, ...]:
         """Shamir shares of `secrets`, sealed for each other holder in ascending order; keeps the own ones."""
@@ -323,7 +345,9 @@ class Member:
                 return b""
             key = keys.seal_down if current.own < sender else keys.seal_up
             plain = unseal(key, blob, current.attempt.shares_data(sender, current.own))
-        return opened_part(plain or b"", len(current.attempt.cohort), survivors)
+        terms = self._terms
+        removed = terms.removed(len(survivors))
+        return opened_part(plain or b"", len(current.attempt.cohort), survivors, terms.components, removed)
 
     # Rules (section 8)
 
@@ -360,6 +384,8 @@ class Member:
             raise ProtocolError("R3: of a sum of two each site learns the other's part")
         if not self._terms.sparse:
             return self._terms.thresholds(count)
+        if self._terms.noise is not None and len(self._run_names) > self._terms.size:
+            raise ProtocolError(f"R3: noise is divided for a run of {self._terms.size} sites")
         if count < self._terms.minimum:
             raise ProtocolError(f"R3: a cohort of {count}, cohort.minimum is {self._terms.minimum}")
         if not set(self._run_names).issuperset(request.cohort):
@@ -454,7 +480,7 @@ class Member:
         private = X25519PrivateKey.from_private_bytes(self._random(32))
         public = private.public_key().public_bytes_raw()
         self._keys[generation] = private
-        self._bundles[generation] = Bundle(self._session, generation, public).issue(
+        self._bundles[generation] = Bundle(self._session, generation, public, self._head).issue(
             self._terms, self._name, self._identity
         )
         return self._bundles[generation]
