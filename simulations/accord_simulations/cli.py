@@ -270,12 +270,12 @@ def scenarios(as_json: _Json = False) -> None:
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="dp-step, simulation or secagg.")],
-    clients: Annotated[int | None, typer.Option(help="secagg: sites of the cohort.")] = None,
-    dim: Annotated[int | None, typer.Option(help="secagg: values of an update.")] = None,
+    name: Annotated[str, typer.Argument(help="dp-step, simulation, secagg or noise.")],
+    clients: Annotated[int | None, typer.Option(help="secagg, noise: sites of the cohort.")] = None,
+    dim: Annotated[int | None, typer.Option(help="secagg, noise: values of an update.")] = None,
     drop: Annotated[int | None, typer.Option(help="secagg: sites that drop out before they upload.")] = None,
     bits: Annotated[int | None, typer.Option(help="secagg: bits of the modulus.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="dp-step, secagg: how often it is measured.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="dp-step, secagg, noise: how often it is measured.")] = None,
     peer: Annotated[str | None, typer.Option(help="secagg: flower or none.")] = None,
     as_json: _Json = False,
     sets: _Set = None,

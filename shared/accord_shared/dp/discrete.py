@@ -89,6 +89,11 @@ class _Table:
         """Outcome [rows · cells], or `_UNSURE`."""
         self._cells = cell_bits
 
+    @property
+    def undecided(self) -> float:
+        """Probability that a cell does not decide."""
+        return float(np.mean(self.outcomes == _UNSURE))
+
     def decide(self, places: npt.NDArray[np.int64], bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.int16]:
         """Outcomes [n] of cells that do not decide: `places` [n] in `outcomes`, `bits` [n, 2] further random words."""
         row, cell = places >> self._cells, places & ((1 << self._cells) - 1)
@@ -186,6 +191,11 @@ class DiscreteGaussian:
             raise PrivacyError(f"a seed of {len(seed)} bytes")
         for level, (step, variance) in enumerate(_levels(self.variance)):
             _add_level(words, seed, level, -step if negative else step, _centred_table(variance))
+
+    def keystream_bytes(self, count: int) -> int:
+        """Keystream that `count` values take, on average over seeds."""
+        undecided = sum(_centred_table(variance).undecided for _, variance in _levels(self.variance))
+        return round(count * (2 * len(_levels(self.variance)) + 16 * undecided))
 
     def sample(self, seed: bytes, count: int) -> npt.NDArray[np.int64]:
         """The sample [count] of `seed`."""

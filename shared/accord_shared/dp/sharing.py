@@ -223,8 +223,10 @@ class NoiseShares:
         if bits is None:
             coarse = draft.coarsest_grid(_COARSEST)
             bits = max(8, -(-(draft.at(coarse, 62).limit.bit_length() + 1) // _PLANES) * _PLANES)
-        steps = draft.finest_grid(bits, finest)
-        shares = draft.at(steps, bits)
+        try:
+            shares = draft.at(draft.finest_grid(bits, finest), bits)
+        except PlanError as error:
+            raise PlanError(f"secure_aggregation.bits = {bits} is too narrow: {error}") from None
         if shares.excess > _ASKED:
             raise PlanError(f"secure_aggregation.bits = {bits} would cost {shares.excess:.1%} more noise: too narrow")
         return shares
@@ -288,9 +290,7 @@ class _Draft:
             else:
                 fits = True
             low, high = (middle, high) if fits else (low, middle)
-        if low == 0:
-            raise PlanError(f"secure_aggregation.bits = {bits} is too narrow for {self.plan.cohort.size} sites")
-        return low
+        return max(1, low)
 
     def _wraps(self, steps: int, bits: int) -> bool:
         try:

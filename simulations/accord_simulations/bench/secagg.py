@@ -33,6 +33,7 @@ from pydantic import Field
 
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.dp.noise import SecureGenerator
+from accord_shared.dp.sharing import NoiseShares
 from accord_shared.errors import Aborted, PlanError
 from accord_shared.identity import Identity
 from accord_shared.messages import IntroduceRequest, MaskedUpload, MaskRequest
@@ -87,10 +88,10 @@ def measure(settings: dict[str, Any], progress: Callable[[str], None]) -> dict[s
     if chosen.clients - chosen.drop < chosen.minimum:
         raise PlanError(f"drop = {chosen.drop}: of {chosen.clients} clients {chosen.minimum} must upload")
     progress(f"secagg: Accord, {chosen.clients} clients join")
-    federation = _Federation(chosen)
-    first = federation.attempt(_CpuMeter())
+    federation = Federation(chosen)
+    first = federation.attempt(CpuMeter())
     progress(f"secagg: Accord, {chosen.repeats} attempts of {chosen.dim} values, {chosen.drop} clients drop out")
-    attempts = [federation.attempt(_CpuMeter()) for _ in range(chosen.repeats)]
+    attempts = [federation.attempt(CpuMeter()) for _ in range(chosen.repeats)]
     peak = federation.peak_bytes()
     client = statistics.median(attempt.client_cpu_s for attempt in attempts)
     server = statistics.median(attempt.server_cpu_s for attempt in attempts)
@@ -154,7 +155,7 @@ class _Meter(Protocol):
         """An upload as the coordinator gets it."""
 
 
-class _CpuMeter:
+class CpuMeter:
     """CPU seconds of this process in the blocks of one party."""
 
     def __init__(self) -> None:
@@ -199,7 +200,7 @@ class _Site:
 
     def __init__(self, name: str, identity: Identity, roster: Roster, terms: RunTerms) -> None:
         self.name, self._terms, self._generator = name, terms, SecureGenerator()
-        self.bootstrap, self.cpu = _CpuMeter(), _CpuMeter()
+        self.bootstrap, self.cpu = CpuMeter(), CpuMeter()
         with self.bootstrap.running():
             self.member = Member(name, identity, roster, terms)
         self.bundle = self.member.bundle
@@ -227,10 +228,10 @@ class _Cost:
     exact: bool
 
 
-class _Federation:
-    """Sites that have joined a run; `attempt` is one sum."""
+class Federation:
+    """Sites that have joined a run; `attempt` is one sum. With `noise` their words carry shares of it."""
 
-    def __init__(self, settings: SecaggSettings) -> None:
+    def __init__(self, settings: SecaggSettings, noise: NoiseShares | None = None) -> None:
         self._settings = settings
         identities = {f"site-{index:03}": Identity.generate() for index in range(settings.clients)}
         self._roster = Roster.made(
@@ -247,13 +248,14 @@ class _Federation:
             plan_hash="00" * 32,
             roster_hash=self._roster.hash,
             mode="malicious",
-            bits=settings.bits,
+            bits=noise.bits if noise else settings.bits,
             dimension=settings.dim,
             minimum=settings.minimum,
             colluders=settings.colluders,
             size=settings.clients,
             bound=_BOUND,
             own_noise=False,
+            noise=noise,
         )
         self._sites = [_Site(name, identity, self._roster, self._terms) for name, identity in identities.items()]
         self._waiting = self._introduce()
@@ -292,7 +294,7 @@ class _Federation:
             tracemalloc.stop()
         return meter.peak
 
-    def attempt(self, server: _CpuMeter) -> _Cost:
+    def attempt(self, server: CpuMeter) -> _Cost:
         """One attempt on the clocks."""
         for site in self._sites:
             site.cpu.cpu_s = 0.0
@@ -317,7 +319,7 @@ class _Federation:
         plain, sizes = np.zeros(self._settings.dim, dtype=np.int64), []
         for index, site in enumerate(self._survivors):
             upload, words = site.upload(self._request(attempt, site.name), self._vector(index))
-            plain += _signed(words, self._settings.bits)
+            plain += _signed(words, self._terms.bits)
             sizes.append(recorddict_to_proto(to_wire(upload)).ByteSize())
             with server.running():
                 collector.add_upload(index, server.receive(upload))
