@@ -61,6 +61,18 @@ class BudgetExhausted(PrivacyError):
     """The step would cost more than the plan's privacy budget."""
 
 
+class LimitReached(PrivacyError):
+    """The step or plan would cost more than the site's operator allows for a data set or a run."""
+
+
+class LedgerDamaged(PrivacyError):
+    """The privacy ledger is not what was written, so what was spent is unknown."""
+
+
+class LedgerRolledBack(PrivacyError):
+    """The privacy ledger is an old copy, or continued from one: a witness saw entries that it lacks."""
+
+
 class UnknownMechanism(PrivacyError):
     """An accountant met an event that it has no proof for; it never guesses."""
 
@@ -107,6 +119,9 @@ REFUSALS: dict[str, type[AccordError]] = {
         AccordError,
         PrivacyError,
         BudgetExhausted,
+        LimitReached,
+        LedgerDamaged,
+        LedgerRolledBack,
         UnknownMechanism,
         UnsupportedLayer,
         ProtocolError,

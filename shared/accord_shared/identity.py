@@ -15,6 +15,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey, MLDSA65PublicKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -185,6 +187,13 @@ class Identity:
     def sign_both(self, message: bytes) -> bytes:
         """The Ed25519 signature and the ML-DSA-65 signature (hedged: it differs every time), 3,373 bytes."""
         return self._ed25519.sign(message) + self._ml_dsa_65.sign(message)
+
+    def derive(self, label: bytes) -> bytes:
+        """32 secret bytes for one purpose that `label` names: HKDF-SHA-256 (RFC 5869) of the Ed25519 seed.
+
+        One-way: neither the seed nor what another label gives follows from it.
+        """
+        return HKDF(SHA256(), 32, b"accord/1/identity/derive", label).derive(self._ed25519.private_bytes_raw())
 
     def to_pem(self, passphrase: bytes | None) -> bytes:
         """Two PKCS #8 PEM blocks, Ed25519 first; encrypted (scrypt, AES-256) if there is a passphrase.

@@ -23,7 +23,16 @@ _LISTS: dict[str, type] = {"tuple[int, ...]": int, "tuple[str, ...]": str, "tupl
 _ARRAYS = {"Vector": ("float32", "<f4", "accord.float32"), "Octets": ("uint8", "u1", "accord.uint8")}
 _KIND = "message"  # no message has a field of this name
 _KEYS = dict.fromkeys(("credential", "credentials", "introductions"), 1 << 13)
-_LONGEST = {"plan_json": 4 << 20, "reason": 300, "receipt": 1 << 16, "sealed": 1 << 20, "shares": 1 << 20, **_KEYS}
+_BUNDLES = dict.fromkeys(("bundle", "bundles", "next_bundle"), 256)
+_LONGEST = {
+    "plan_json": 4 << 20,
+    "reason": 300,
+    "receipt": 1 << 16,
+    "sealed": 1 << 20,
+    "shares": 1 << 20,
+    **_KEYS,
+    **_BUNDLES,
+}
 _LONGEST_OTHER, _LONGEST_LIST, _LARGEST = 128, 100_000, 2**53
 
 

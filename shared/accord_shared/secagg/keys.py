@@ -184,11 +184,11 @@ class Head:
     """The newest entry of a site's privacy ledger: peers and coordinator remember it, and refuse one that went back."""
 
     seq: int = 0
-    digest: bytes = bytes(32)
+    hash: bytes = bytes(32)
 
     def to_bytes(self) -> bytes:
         """u64 big-endian, then the 32 bytes."""
-        return struct.pack(">Q", self.seq) + self.digest
+        return struct.pack(">Q", self.seq) + self.hash
 
 
 NO_LEDGER = Head()
