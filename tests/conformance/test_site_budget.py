@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from accord_client import store as store_module
+from accord_client.chain import Writing
 from accord_client.site import Site
 from accord_shared.dp.accounting import epsilon, plan_epsilon
 from accord_shared.files import write_atomic
@@ -122,10 +123,17 @@ def test_a_crash_before_a_release_leaves_the_release_before_it_whole(
     """Found: two file names by the round's parity let round 3's unpaid update go out as round 1's."""
     lab, plan = Lab(tmp_path), lab_plan()
     first = trained(ask(lab.joined(plan), plan, lab, 1))
-    monkeypatch.setattr(store_module, "write_atomic", Dying(2, "before"))  # the update is stored, its charge is not
+    append = Writing.append
+
+    def die(self: Writing, kind: str, body: str, **options: Any) -> None:
+        if kind == "release":  # the update is stored, its charge is not
+            raise Crash
+        append(self, kind, body, **options)
+
+    monkeypatch.setattr(Writing, "append", die)
     with pytest.raises(Crash):
         ask(lab.site(), plan, lab, following)
-    monkeypatch.setattr(store_module, "write_atomic", write_atomic)
+    monkeypatch.setattr(Writing, "append", append)
     again = trained(ask(lab.site(), plan, lab, 1))
     assert again.update.tobytes() == first.update.tobytes()
 
