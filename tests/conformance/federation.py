@@ -129,6 +129,18 @@ class LossyExchange(LocalExchange):
                     reply = answer if isinstance(answer, Failure) else self.changed(name, answer)
             yield name, reply
 
+    def lose(self, from_trip: Mapping[str, int], *, replies: bool = False) -> None:
+        """From now on the named sites are lost from that trip of every round on (`replies`: after they answered it)."""
+
+        def lost(name: str, message: Message) -> bool:
+            trip = TRIPS.get(type(message), 0)
+            return name in from_trip and trip > (from_trip[name] if replies else from_trip[name] - 1)
+
+        def reply_lost(name: str, message: Message) -> bool:
+            return replies and TRIPS.get(type(message), 0) == from_trip.get(name, -1)
+
+        self.lost, self.reply_lost = lost, reply_lost  # type: ignore[method-assign]
+
     def add(self, name: str, handler: Callable[[Message], Message]) -> None:
         """A site that comes later, and has answered the enquiry."""
         self._handlers[name] = handler
@@ -188,13 +200,5 @@ class Federation:
         np.testing.assert_array_equal(aggregate.total, self.expected(aggregate.survivors, number, attempt))
 
     def lose(self, from_trip: Mapping[str, int], *, replies: bool = False) -> None:
-        """From now on the named sites are lost from that trip of every round on (`replies`: after they answered it)."""
-
-        def lost(name: str, message: Message) -> bool:
-            trip = TRIPS.get(type(message), 0)
-            return name in from_trip and trip > (from_trip[name] if replies else from_trip[name] - 1)
-
-        def reply_lost(name: str, message: Message) -> bool:
-            return replies and TRIPS.get(type(message), 0) == from_trip.get(name, -1)
-
-        self.exchange.lost, self.exchange.reply_lost = lost, reply_lost
+        """As `LossyExchange.lose`."""
+        self.exchange.lose(from_trip, replies=replies)
