@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -47,7 +47,7 @@ from accord_shared.messages import (
 )
 from accord_shared.plan import Plan
 from accord_shared.quantize import encode
-from accord_shared.secagg.keys import RunTerms
+from accord_shared.secagg.keys import Head, RunTerms
 from accord_shared.secagg.masking import Words
 from accord_shared.vectors import Vector, check_finite, check_length
 
@@ -75,7 +75,8 @@ class Site:
     `noise_multiplier_of` calibrates σ from the plan; a simulation, whose processes would each repeat the same
     search, hands in what it found (it is checked). A plan without noise is refused unless the operator
     accepts it by `accept_without_privacy`; so is one whose secure aggregation is less than
-    `least_secure_aggregation`. `members` holds the site's identity and the roster it accepted. `generator` is
+    `least_secure_aggregation`. `dataset` is the operator's name for the records: its budget in the store's ledger is
+    charged. `members` holds the site's identity and the roster it accepted. `generator` is
     for tests alone: neither plan nor command line reaches it.
     """
 
@@ -90,9 +91,11 @@ class Site:
         members: Members | None = None,
         least_secure_aggregation: SecureMode = "malicious",
         accept_without_privacy: bool = False,
+        dataset: str = "default",
         generator: SecureGenerator | None = None,
     ) -> None:
         self.name = name
+        self._dataset = dataset
         self._store = store
         self._workspace_of = workspace_of
         self._examples_of = examples_of
@@ -132,8 +135,13 @@ class Site:
         if plan.hash != enquiry.plan_hash:
             raise ProtocolError("the plan does not have the hash that came with it")
         self._check_policy(plan)
-        credential, bundle = self._join_secured(enquiry, plan)
         self._workspace_of(plan)  # a model that cannot be loaded is told now, and the first round need not wait for it
+        shares = None
+        if plan.shared_noise:
+            shares = self._terms(plan, enquiry.run_id).noise
+        event = self._checked_event(plan, shares)
+        self._store.check_plan(plan.hash, event, plan.releases, dataset=self._dataset)
+        credential, bundle = self._join_secured(enquiry, plan)
         self._store.keep_plan(plan.hash, plan.to_json())
         return Joined(self.name, PROTOCOL_VERSION, plan.hash, credential, bundle)
 
@@ -149,7 +157,7 @@ class Site:
                 f"the plan's cohort.minimum = {plan.cohort.minimum} and colluders = {plan.cohort.colluders} are "
                 f"weaker than the roster's {roster.minimum} and {roster.colluders}"
             )
-        return self._secured().join(self._terms(plan, enquiry.run_id))
+        return self._secured().join(self._terms(plan, enquiry.run_id), self._store.ledger.head())
 
     def _check_policy(self, plan: Plan) -> None:
         """The operator's terms, asked at every use: a plan may have been joined on others before a restart."""
@@ -200,16 +208,21 @@ class Site:
                 raise ProtocolError(f"R2: attempt {request.attempt} of round {request.round} is past")
             if request.round == spent.last_round and not set(request.cohort) <= set(spent.last_cohort):
                 raise ProtocolError("R2: a further attempt asks sites that were not in the first")
-            self._secured().accept(request, request.model_hash)
+            heads = self._secured().accept(request, request.model_hash)
             terms = self._terms(plan, request.run_id)
             if terms.noise is not None:
-                return self._secured().mask(request.run_id, self._shared(request, plan, spent, terms.noise))
-            update = self._update(request, plan, spent)
-            if request.round == spent.last_round:
-                self._store.note_attempt(request.plan_hash, request.attempt)
-            return self._secured().mask(request.run_id, encode(update, terms.encoding, self._generator))
+                words = self._shared(request, plan, spent, terms.noise, heads)
+            else:
+                self._store.ledger.witness(heads)  # R11
+                update = self._update(request, plan, spent)
+                if request.round == spent.last_round:
+                    self._store.note_attempt(request.plan_hash, request.attempt)
+                words = encode(update, terms.encoding, self._generator)
+            return self._secured().mask(request.run_id, words, self._store.ledger.head())
 
-    def _shared(self, request: MaskRequest, plan: Plan, spent: Releases, shares: NoiseShares) -> Words:
+    def _shared(
+        self, request: MaskRequest, plan: Plan, spent: Releases, shares: NoiseShares, heads: Mapping[str, Head]
+    ) -> Words:
         """The update under shared noise: each attempt has a sample and noise of its own, and is charged.
 
         Two attempts with one update and other survivors would tell, by their difference, what single sites sent.
@@ -219,12 +232,42 @@ class Site:
         self._check_budget(plan, spent)
         event = self._checked_event(plan, shares)
         self._check_weights(request, plan)
-        update = self._unnoised(request, plan)
-        words = encode(update, shares, self._generator)
-        self._store.release(
-            request.plan_hash, request.round, request.model_hash, None, event, request.cohort, request.attempt
-        )
+        self._reserve(request, event)
+        words = encode(self._unnoised(request, plan), shares, self._generator)
+        self._charge(request, event, None, heads)
         return words
+
+    def _reserve(self, request: TrainRequest | MaskRequest, event: Event | None) -> None:
+        """Before training, durably."""
+        self._store.reserve(
+            request.plan_hash,
+            request.round,
+            event,
+            dataset=self._dataset,
+            run_id=request.run_id,
+            attempt=request.attempt,
+        )
+
+    def _charge(
+        self,
+        request: TrainRequest | MaskRequest,
+        event: Event | None,
+        update: Vector | None,
+        heads: Mapping[str, Head] | None = None,
+    ) -> None:
+        """Before the first byte leaves, durably. R11 with it: a peer's ledger that went back stops the release."""
+        self._store.release(
+            request.plan_hash,
+            request.round,
+            request.model_hash,
+            update,
+            event,
+            request.cohort if isinstance(request, MaskRequest) else (),
+            request.attempt,
+            dataset=self._dataset,
+            run_id=request.run_id,
+            witnessed=heads,
+        )
 
     def _unnoised(self, request: MaskRequest, plan: Plan) -> npt.NDArray[np.float64]:
         """What this site adds to the sum, before any noise: it goes into `encode` and nowhere else."""
@@ -293,6 +336,7 @@ class Site:
         self._check_weights(request, plan)
         event = self._checked_event(plan, None)
         records, held_back = self._records(plan, workspace)
+        self._reserve(request, event)
         noise: _Noise = {
             "noise_multiplier": 0.0 if event is None else self._noise_multiplier_of(plan),
             "generator": self._generator,
@@ -304,10 +348,7 @@ class Site:
             counts = released_counts(workspace.model, held_back, plan.local, **noise).astype(np.float32)
         result = train(workspace.model, records, plan.local, request.weights, **noise)
         update = np.concatenate([result.update, counts])
-        cohort = request.cohort if isinstance(request, MaskRequest) else ()
-        self._store.release(
-            request.plan_hash, request.round, request.model_hash, update, event, cohort, request.attempt
-        )
+        self._charge(request, event, update)
         return update
 
     def _records(self, plan: Plan, workspace: Workspace) -> tuple[Batches, Batches | None]:
