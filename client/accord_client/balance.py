@@ -96,6 +96,7 @@ class Balance:
 
     def __init__(self) -> None:
         self.head = NO_LEDGER
+        self.entries = 0
         self.ledger = ""
         """The ledger's id, 16 bytes in hexadecimal."""
         self.declared: dict[str, DataSet] = {}
@@ -116,6 +117,7 @@ class Balance:
             raise LedgerDamaged(f"entry {row.seq} of the ledger cannot be of kind {row.kind}")
         self._apply(entry)
         self.head = row.head
+        self.entries += 1
 
     def _apply(self, entry: Entry) -> None:
         match entry:

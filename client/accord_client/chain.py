@@ -273,7 +273,7 @@ def _made(after: Head, kind: str, body: str, above: int = 0) -> tuple[int, int, 
 
 def _build(path: Path, kind: str, body: str) -> None:
     """A whole ledger with one entry, nowhere yet: nobody waits for the disk."""
-    connection = sqlite3.connect(path, isolation_level=None)
+    connection = sqlite3.connect(path, isolation_level=None, factory=Connection)
     try:
         path.chmod(0o600)  # the log and index beside it take its mode
         for statement in (

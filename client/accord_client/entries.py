@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, ValidationError
 
 from accord_shared.dp.events import Event, SampledGaussian, SharedGaussian, event_from_json, merge
-from accord_shared.errors import LedgerDamaged, UnknownMechanism
+from accord_shared.errors import LedgerDamaged, ProtocolError, UnknownMechanism
 from accord_shared.identity import plain_name
 from accord_shared.plan import Table, first_problem
 
@@ -200,6 +200,7 @@ class Imported(Table):
     progress: tuple[Progress, ...]
 
 
+E = TypeVar("E", bound=Table)
 Entry = Made | Declared | Reserved | Released | Attempted | Opened | Voided | Imported
 _KINDS: dict[str, type[Entry]] = {
     "made": Made,
@@ -217,6 +218,18 @@ _NAMES = {kind: name for name, kind in _KINDS.items()}
 def kind_of(entry: Entry) -> str:
     """The kind's name in the file."""
     return _NAMES[type(entry)]
+
+
+def made(kind: type[E], **fields: Any) -> E:
+    """An entry of what a message said.
+
+    Raises:
+        ProtocolError: a number that no run has, or a name that none may have.
+    """
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise ProtocolError(first_problem(error)) from None
 
 
 def read_entry(kind: str, body: str) -> Entry:

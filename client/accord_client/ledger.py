@@ -30,6 +30,7 @@ from accord_client.entries import (
     Spent,
     Voided,
     kind_of,
+    made,
 )
 from accord_client.limits import LimitCheck, epsilon_of
 from accord_client.receipts import Receipt, Signer, make_receipt
@@ -201,11 +202,11 @@ class Ledger:
 
     def note_attempt(self, plan_hash: str, attempt: int) -> None:
         """The update of the last round is masked for this attempt, so no earlier one is opened any more."""
-        self._note(Attempted(plan=plan_hash, attempt=attempt))
+        self._note(made(Attempted, plan=plan_hash, attempt=attempt))
 
     def note_opened(self, plan_hash: str, round_number: int) -> None:
         """This site helps to open a sum of the round, so it joins no other attempt of it."""
-        self._note(Opened(plan=plan_hash, round=round_number))
+        self._note(made(Opened, plan=plan_hash, round=round_number))
 
     def void(self, plan_hash: str) -> None:
         """Give up the plan's open reservation, if it has one: its run has ended, and what was trained is gone."""

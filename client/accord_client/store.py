@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from accord_client.balance import Releases
-from accord_client.entries import DataSet, Released, Reserved
+from accord_client.entries import DataSet, Released, Reserved, made
 from accord_client.ledger import Ledger
 from accord_shared.dp.events import Event
 from accord_shared.errors import PrivacyError
@@ -88,7 +88,9 @@ class SiteStore:
             LimitReached: the step is not within the operator's limits.
         """
         self.ledger.reserve(
-            Reserved(dataset=dataset, plan=plan_hash, run=run_id, round=round_number, attempt=attempt, event=event)
+            made(
+                Reserved, dataset=dataset, plan=plan_hash, run=run_id, round=round_number, attempt=attempt, event=event
+            )
         )
 
     def release(
@@ -109,12 +111,14 @@ class SiteStore:
 
         Heads of peers' ledgers are remembered with it; see `Ledger.release`, also for what it raises.
         """
-        step = Reserved(dataset=dataset, plan=plan_hash, run=run_id, round=round_number, attempt=attempt, event=event)
+        step = made(
+            Reserved, dataset=dataset, plan=plan_hash, run=run_id, round=round_number, attempt=attempt, event=event
+        )
 
         def finish(before: Releases) -> Released:
             name, digest = ("", "") if update is None else self._keep(plan_hash, before, update)
             more = {"model": model_hash, "update": name, "digest": digest, "cohort": tuple(cohort)}
-            return Released.model_validate({**dict(step), **more})
+            return made(Released, **dict(step), **more)
 
         return self.ledger.release(step, finish, witnessed)
 

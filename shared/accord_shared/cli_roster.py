@@ -103,7 +103,7 @@ def sign(roster: _File, key: _Key) -> None:
     """Sign the roster with the roster key."""
     from accord_shared.roster import Roster, RosterFile, RosterKey, sign_roster
 
-    file, signer = _read(roster), _read_key(key)
+    file, signer = _read(roster), read_key(key)
     if RosterKey.made(dict(signer.keys)) != file.key:
         raise RosterError(f"{key} is not the key of {roster}: it has the fingerprint {signer.keys.fingerprint}")
     signed = sign_roster(Roster.made(dict(file.roster)), signer)
@@ -207,7 +207,12 @@ def _passphrase() -> bytes | None:
     return os.environ.get(PASSPHRASE, "").encode("utf-8", "surrogateescape") or None
 
 
-def _read_key(path: Path) -> Identity:
+def read_key(path: Path) -> Identity:
+    """An identity's private keys.
+
+    Raises:
+        IdentityError: not an identity, or the passphrase does not fit; the file is named.
+    """
     from accord_shared.identity import Identity
 
     try:
