@@ -25,7 +25,7 @@ from accord_client.entries import (
 )
 from accord_shared.dp.events import Event, merge
 from accord_shared.errors import LedgerDamaged
-from accord_shared.secagg.keys import NO_LEDGER, Head
+from accord_shared.receipts import NO_LEDGER, Head
 
 
 @dataclass(frozen=True)

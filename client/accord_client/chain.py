@@ -25,7 +25,7 @@ from pathlib import Path
 from accord_shared.errors import LedgerDamaged, LedgerRolledBack, OutputError, ProtocolError
 from accord_shared.files import make_folder, sync_folder, write_atomic
 from accord_shared.frames import hash_frame
-from accord_shared.secagg.keys import NO_LEDGER, Head
+from accord_shared.receipts import NO_LEDGER, Head
 
 DENSE = 64
 """Newest entries that a receipt names one by one."""
@@ -189,7 +189,8 @@ class Reading:
 
     def after(self, known: Head) -> Iterator[Row]:
         """The entries after `known`, each checked against the one before it."""
-        rows = (Row(*values) for values in self._connection.execute(_FROM, (known.seq,)).fetchall())
+        start = known.seq or -(2**63)  # from the very first: an entry before it is damage
+        rows = (Row(*values) for values in self._connection.execute(_FROM, (start,)).fetchall())
         previous = known.hash
         if known.seq:
             first = next(rows, None)

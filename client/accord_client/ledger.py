@@ -33,10 +33,10 @@ from accord_client.entries import (
     made,
 )
 from accord_client.limits import LimitCheck, epsilon_of
-from accord_client.receipts import Receipt, Signer, make_receipt
+from accord_client.receipts import Receipt, Signer, Statement, make_receipt
 from accord_shared.dp.events import Event
 from accord_shared.errors import LedgerRolledBack, ProtocolError
-from accord_shared.secagg.keys import NO_LEDGER, Head
+from accord_shared.receipts import NO_LEDGER, Head
 
 
 class Ledger:
@@ -263,14 +263,17 @@ class Ledger:
         receipt.verify(identity.keys)
         self.check_witness(receipt.head)
 
-    def receipt(self, site: str, identity: Signer) -> Receipt:
-        """What witnesses keep."""
+    def statement(self) -> Statement:
+        """What witnesses are told, before it is sealed and signed."""
         with self._chain.locked():
             self._make()
             with self._read() as (balance, reading):
                 trail = reading.trail(balance.head) if reading is not None else ()
-                ledger, head, account = balance.ledger, balance.head, balance.account(trail)
-        return make_receipt(site, ledger, head, account, identity)
+                return Statement(balance.ledger, balance.head, balance.account(trail))
+
+    def receipt(self, site: str, identity: Signer) -> Receipt:
+        """What witnesses keep."""
+        return make_receipt(site, self.statement(), identity)
 
     def recover(self, receipt: Receipt, identity: Signer) -> bool:
         """Import what the receipt says was spent and this ledger lacks; whether there was anything to import.

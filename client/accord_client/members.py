@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Protocol
 
+from accord_client.receipts import Receipt, Statement, make_receipt
 from accord_shared.errors import ProtocolError, SessionLost
 from accord_shared.identity import Identity
 from accord_shared.messages import (
@@ -22,8 +24,9 @@ from accord_shared.messages import (
     OpenRequest,
     SurvivorsRequest,
 )
+from accord_shared.receipts import NO_LEDGER, Head
 from accord_shared.roster import Roster
-from accord_shared.secagg.keys import NO_LEDGER, Head, RunTerms
+from accord_shared.secagg.keys import RunTerms
 from accord_shared.secagg.masking import Words
 from accord_shared.secagg.member import Member
 
@@ -40,10 +43,10 @@ class Members(Protocol):
     def roster(self) -> Roster:
         """The roster that the site accepted."""
 
-    def join(self, terms: RunTerms, head: Head) -> tuple[bytes, bytes]:
-        """Credential and newest bundle for a run; a run that was joined keeps its session.
+    def join(self, terms: RunTerms, ledger: Statement) -> tuple[bytes, bytes, bytes]:
+        """Credential, newest bundle and receipt for a run; a run that was joined keeps its session.
 
-        `head` is of the site's privacy ledger now, here and in `mask`.
+        `ledger` is what the site's privacy ledger says now, here and in `mask`.
         """
 
     def answer(self, request: SideRequest) -> Message:
@@ -52,8 +55,11 @@ class Members(Protocol):
     def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Head]:
         """Trip 1, before training: heads of the partners' ledgers; see `Member.accept`."""
 
-    def mask(self, run_id: str, words: Words, head: Head) -> MaskedUpload:
+    def mask(self, run_id: str, words: Words, ledger: Statement) -> MaskedUpload:
         """Trip 1, after training; see `Member.mask`."""
+
+    def check_receipt(self, data: bytes) -> None:
+        """Raise `ProtocolError` unless these bytes are a receipt that this site made."""
 
     def check_opening(self, request: OpenRequest) -> str:
         """Trip 3, before it is noted on disk; the hash of the run's plan."""
@@ -75,21 +81,25 @@ class LocalMembers:
         """The roster that the site accepted."""
         return self._roster
 
-    def join(self, terms: RunTerms, head: Head = NO_LEDGER) -> tuple[bytes, bytes]:
-        """Credential and newest bundle.
+    def join(self, terms: RunTerms, ledger: Statement | None = None) -> tuple[bytes, bytes, bytes]:
+        """Credential, newest bundle and receipt (empty without a ledger).
 
         Raises:
             ProtocolError: the run was joined on other terms, or the roster is another.
         """
         known = self._members.get(terms.run_id)
         if known is None:
+            head = ledger.head if ledger else NO_LEDGER
             known = (terms, Member(self._name, self._identity, self._roster, terms, head=head))
             self._members[terms.run_id] = known
             while len(self._members) > MOST_RUNS:
                 self._members.popitem(last=False)
         if known[0] != terms:
             raise ProtocolError("R1: the run was joined on other terms")
-        return known[1].credential, known[1].bundle
+        return known[1].credential, known[1].bundle, self._receipt(ledger)
+
+    def _receipt(self, ledger: Statement | None) -> bytes:
+        return make_receipt(self._name, ledger, self._identity).to_json().encode() if ledger else b""
 
     def _member(self, run_id: str) -> Member:
         known = self._members.get(run_id)
@@ -111,9 +121,17 @@ class LocalMembers:
         """Trip 1, before training."""
         return self._member(request.run_id).accept(request, model_hash)
 
-    def mask(self, run_id: str, words: Words, head: Head = NO_LEDGER) -> MaskedUpload:
+    def mask(self, run_id: str, words: Words, ledger: Statement | None = None) -> MaskedUpload:
         """Trip 1, after training."""
-        return self._member(run_id).mask(words, head)
+        upload = self._member(run_id).mask(words, ledger.head if ledger else NO_LEDGER)
+        return replace(upload, receipt=self._receipt(ledger))
+
+    def check_receipt(self, data: bytes) -> None:
+        """Raise `ProtocolError` unless these bytes are a receipt that this site made."""
+        receipt = Receipt.from_json(data)
+        receipt.verify(self._identity.keys)
+        if receipt.site != self._name:
+            raise ProtocolError(f"a receipt of {receipt.site!r}")
 
     def check_opening(self, request: OpenRequest) -> str:
         """Trip 3, before it is noted on disk; the hash of the run's plan."""

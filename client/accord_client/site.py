@@ -25,6 +25,7 @@ from accord_shared.errors import (
     AccordError,
     BudgetExhausted,
     DataError,
+    LedgerRolledBack,
     PlanError,
     PrivacyError,
     ProtocolError,
@@ -47,7 +48,8 @@ from accord_shared.messages import (
 )
 from accord_shared.plan import Plan
 from accord_shared.quantize import encode
-from accord_shared.secagg.keys import Head, RunTerms
+from accord_shared.receipts import Head, Receipt
+from accord_shared.secagg.keys import RunTerms
 from accord_shared.secagg.masking import Words
 from accord_shared.vectors import Vector, check_finite, check_length
 
@@ -135,20 +137,32 @@ class Site:
         if plan.hash != enquiry.plan_hash:
             raise ProtocolError("the plan does not have the hash that came with it")
         self._check_policy(plan)
+        if enquiry.receipt:
+            self._check_ledger(enquiry.receipt)
         self._workspace_of(plan)  # a model that cannot be loaded is told now, and the first round need not wait for it
         shares = None
         if plan.shared_noise:
             shares = self._terms(plan, enquiry.run_id).noise
         event = self._checked_event(plan, shares)
         self._store.check_plan(plan.hash, event, plan.releases, dataset=self._dataset)
-        credential, bundle = self._join_secured(enquiry, plan)
+        credential, bundle, receipt = self._join_secured(enquiry, plan)
         self._store.keep_plan(plan.hash, plan.to_json())
-        return Joined(self.name, PROTOCOL_VERSION, plan.hash, credential, bundle)
+        return Joined(self.name, PROTOCOL_VERSION, plan.hash, credential, bundle, receipt)
 
-    def _join_secured(self, enquiry: Enquiry, plan: Plan) -> tuple[bytes, bytes]:
-        """The keys of this site for the run; empty where the plan does without secure aggregation."""
+    def _check_ledger(self, data: bytes) -> None:
+        """A witness shows this site's own receipt: an old copy of the ledger is refused, and the receipt kept."""
+        self._secured().check_receipt(data)
+        receipt = Receipt.from_json(data)
+        try:
+            self._store.ledger.check_witness(receipt.head)
+        except LedgerRolledBack:
+            self._store.keep_receipt(receipt)
+            raise
+
+    def _join_secured(self, enquiry: Enquiry, plan: Plan) -> tuple[bytes, bytes, bytes]:
+        """Keys of this site for the run, and its receipt; empty where the plan does without secure aggregation."""
         if plan.secure_aggregation.mode == "off":
-            return b"", b""
+            return b"", b"", b""
         roster = self._secured().roster
         if enquiry.roster_hash != roster.hash:
             raise ProtocolError(f"the run's roster is not the one that this site accepted ({roster.hash[:12]}…)")
@@ -157,7 +171,7 @@ class Site:
                 f"the plan's cohort.minimum = {plan.cohort.minimum} and colluders = {plan.cohort.colluders} are "
                 f"weaker than the roster's {roster.minimum} and {roster.colluders}"
             )
-        return self._secured().join(self._terms(plan, enquiry.run_id), self._store.ledger.head())
+        return self._secured().join(self._terms(plan, enquiry.run_id), self._store.ledger.statement())
 
     def _check_policy(self, plan: Plan) -> None:
         """The operator's terms, asked at every use: a plan may have been joined on others before a restart."""
@@ -218,7 +232,7 @@ class Site:
                 if request.round == spent.last_round:
                     self._store.note_attempt(request.plan_hash, request.attempt)
                 words = encode(update, terms.encoding, self._generator)
-            return self._secured().mask(request.run_id, words, self._store.ledger.head())
+            return self._secured().mask(request.run_id, words, self._store.ledger.statement())
 
     def _shared(
         self, request: MaskRequest, plan: Plan, spent: Releases, shares: NoiseShares, heads: Mapping[str, Head]

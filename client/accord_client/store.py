@@ -20,7 +20,7 @@ from accord_client.ledger import Ledger
 from accord_shared.dp.events import Event
 from accord_shared.errors import PrivacyError
 from accord_shared.files import make_folder, write_atomic
-from accord_shared.secagg.keys import Head
+from accord_shared.receipts import Head, Receipt
 from accord_shared.vectors import Vector
 
 __all__ = ["Releases", "SiteStore"]
@@ -130,6 +130,11 @@ class SiteStore:
         name = f"plan-{plan_hash}-{before.rounds % 2}.f32"
         write_atomic(self._folder / name, data, mode=0o600, durable=self._durable)
         return name, hashlib.sha256(data).hexdigest()
+
+    def keep_receipt(self, receipt: Receipt) -> None:
+        """A receipt that a witness showed, for `accord site ledger recover`: in the folder as receipt-NUMBER.json."""
+        make_folder(self._folder)
+        write_atomic(self._folder / f"receipt-{receipt.seq}.json", receipt.to_json().encode(), mode=0o600)
 
     def note_attempt(self, plan_hash: str, attempt: int) -> None:
         """Durably: the update of the last round is masked for this attempt, so no earlier one is opened any more."""

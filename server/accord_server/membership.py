@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from accord_shared.errors import ProtocolError
+from accord_server.witness import Witness
+from accord_shared.errors import LedgerRolledBack, ProtocolError
 from accord_shared.messages import Enquiry, Introduced, IntroduceRequest, Joined, Message, NeighbourRequest, Neighbours
 from accord_shared.roster import Roster
 from accord_shared.secagg.keys import Bundle, Credential, Party, RunTerms, verify_introduction
@@ -43,10 +44,13 @@ class Session:
 
 
 class Membership:
-    """The sessions of one run."""
+    """The sessions of one run. `witness` remembers the sites' ledgers: one that went back is not taken in."""
 
-    def __init__(self, roster: Roster) -> None:
+    def __init__(self, roster: Roster, witness: Witness | None = None) -> None:
         self._roster = roster
+        self.witness = witness or Witness(roster)
+        self._rolled_back: dict[str, bytes] = {}
+        """Sites to tell of the newest receipt that is known of them."""
         self._terms: RunTerms
         self._sessions: dict[str, Session] = {}
         self._lost: set[str] = set()
@@ -73,6 +77,8 @@ class Membership:
             self._enter(terms, name, reply)
         fresh = sorted(name for name, session in self._sessions.items() if not session.ready)
         wanted: dict[str, Message] = dict.fromkeys(sorted(self._lost), enquiry)
+        wanted |= {name: replace(enquiry, receipt=data) for name, data in sorted(self._rolled_back.items())}
+        self._rolled_back.clear()  # told once: it joins again when it has recovered
         if terms.sparse and fresh:
             self.run_names = self.run_names or tuple(sorted(self._sessions))
             choosing = [name for name in fresh if self._sessions[name].chosen is None and name in self.run_names]
@@ -107,8 +113,16 @@ class Membership:
         try:
             member = self._roster.member(name)
             credential = Credential.read(joined.credential, terms, member)
-            if Bundle.read(joined.bundle, terms, member).session != credential.session:
+            bundle = Bundle.read(joined.bundle, terms, member)
+            if bundle.session != credential.session:
                 raise ProtocolError("credential and bundle are of two sessions")
+            self.witness.see(name, bundle.head, joined.receipt)
+        except LedgerRolledBack as error:
+            log.warning("%s is not taken in: %s", name, error)
+            self._refused[name] = joined.credential
+            self._sessions.pop(name, None)
+            self._rolled_back[name] = self.witness.receipt(name)
+            return
         except ProtocolError as error:
             log.warning("%s is not taken in: %s", name, error)
             self._refused[name] = joined.credential

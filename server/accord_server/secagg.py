@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,15 +15,26 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from accord_server.aggregation import Aggregate
 from accord_server.exchange import Exchange, Failure
 from accord_server.membership import Membership
+from accord_server.witness import Witness
 from accord_shared import PROTOCOL_VERSION
-from accord_shared.errors import AccordError, BudgetExhausted, Interrupted, ProtocolError, RoundOpened, SessionLost
+from accord_shared.errors import (
+    AccordError,
+    BudgetExhausted,
+    Interrupted,
+    LedgerRolledBack,
+    ProtocolError,
+    RoundOpened,
+    SessionLost,
+)
 from accord_shared.messages import MaskedUpload, MaskRequest, Message, Opened, SurvivorsSigned, TrainRequest
 from accord_shared.plan import Plan
 from accord_shared.quantize import decode
 from accord_shared.roster import Roster
 from accord_shared.secagg.collector import Collector
-from accord_shared.secagg.keys import Attempt, Credential, RunTerms
+from accord_shared.secagg.keys import Attempt, Bundle, Credential, RunTerms
 from accord_shared.wire import payload_bytes
+
+log = logging.getLogger(__name__)
 
 _Due = TypeVar("_Due", MaskedUpload, SurvivorsSigned, Opened)
 
@@ -33,16 +45,23 @@ _JOINING_TRIPS = 3
 class SecureAggregation:
     """Sums of encoded updates that open only as a whole. One object serves one run.
 
-    `dimension` is the model's, `noise_multiplier` the plan's σ. `threads` is a performance flag: in how many the
-    coordinator takes masks away.
+    `dimension` is the model's, `noise_multiplier` the plan's σ. `witness` remembers the sites' ledgers. `threads` is a
+    performance flag: in how many the coordinator takes masks away.
     """
 
     def __init__(
-        self, plan: Plan, roster: Roster, dimension: int, noise_multiplier: float, *, threads: int = 1
+        self,
+        plan: Plan,
+        roster: Roster,
+        dimension: int,
+        noise_multiplier: float,
+        *,
+        threads: int = 1,
+        witness: Witness | None = None,
     ) -> None:
         self._roster, self._threads = roster, threads
         self._terms = RunTerms.of(plan, "", roster.hash, dimension, noise_multiplier)
-        self._membership = Membership(roster)
+        self._membership = Membership(roster, witness)
         self._private = X25519PrivateKey.generate()
         self._exhausted: set[str] = set()
         self._asked: tuple[int, tuple[str, ...]] = (0, ())
@@ -161,11 +180,16 @@ class SecureAggregation:
             self._note_upload(attempt.cohort[index], told[attempt.cohort[index]], upload)
 
         trips.gather(attempt.cohort, requests, MaskedUpload, add)
+        self._membership.witness.keep()
 
     def _note_upload(self, name: str, told: Mapping[str, tuple[bytes, bytes]], upload: MaskedUpload) -> None:
         """It has read what it was told, and has a new bundle."""
         session = self._membership[name]
         session.bundle = upload.next_bundle
+        try:
+            self._membership.witness.see(name, Bundle.parse(upload.next_bundle).head, upload.receipt)
+        except (LedgerRolledBack, ProtocolError) as error:
+            log.warning("the ledger of %s: %s", name, error)
         for peer, entry in told.items():
             session.known[peer] = Credential.session_of(entry[0])
             if session.waiting.get(peer) == entry:

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 
 from accord_client.members import LocalMembers, SideRequest
+from accord_client.receipts import Statement
 from accord_shared.errors import AccordError
 from accord_shared.files import make_folder, write_atomic
 from accord_shared.identity import SEED, Identity
 from accord_shared.messages import MaskedUpload, MaskRequest, Message, Opened, OpenRequest, Refusal
 from accord_shared.plan import Plan
+from accord_shared.receipts import Head
 from accord_shared.roster import Roster, SignedRoster, sign_roster
-from accord_shared.secagg.keys import Head, RunTerms
+from accord_shared.secagg.keys import RunTerms
 from accord_shared.secagg.masking import Words
 
 _EMPTY = np.empty(0, dtype=np.float32)
@@ -139,10 +141,10 @@ class VaultMembers:
             raise result.error()
         return result
 
-    def join(self, terms: RunTerms, head: Head) -> tuple[bytes, bytes]:
-        """Credential and newest bundle."""
-        credential, bundle = self._call("join", terms, head)
-        return credential, bundle
+    def join(self, terms: RunTerms, ledger: Statement) -> tuple[bytes, bytes, bytes]:
+        """Credential, newest bundle and receipt."""
+        credential, bundle, receipt = self._call("join", terms, ledger)
+        return credential, bundle, receipt
 
     def answer(self, request: SideRequest) -> Message:
         """Choose neighbours, introduce, or sign."""
@@ -154,10 +156,14 @@ class VaultMembers:
         heads: dict[str, Head] = self._call("accept", replace(request, weights=_EMPTY), model_hash)
         return heads
 
-    def mask(self, run_id: str, words: Words, head: Head) -> MaskedUpload:
+    def mask(self, run_id: str, words: Words, ledger: Statement) -> MaskedUpload:
         """Trip 1, after training."""
-        upload: MaskedUpload = self._call("mask", run_id, words, head)
+        upload: MaskedUpload = self._call("mask", run_id, words, ledger)
         return upload
+
+    def check_receipt(self, data: bytes) -> None:
+        """Raise `ProtocolError` unless these bytes are a receipt that this site made."""
+        self._call("check_receipt", data)
 
     def check_opening(self, request: OpenRequest) -> str:
         """Trip 3, before it is noted on disk; the hash of the run's plan."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from accord_client.members import LocalMembers
+from accord_client.receipts import Statement
 from accord_client.site import Site
 from accord_server.aggregation import Aggregate
 from accord_server.secagg import SecureAggregation
@@ -16,7 +17,7 @@ from accord_shared import PROTOCOL_VERSION
 from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.messages import Enquiry, MaskedUpload, Message, Refusal, TrainRequest
 from accord_shared.plan import Plan
-from accord_shared.secagg.keys import NO_LEDGER, Head, RunTerms
+from accord_shared.secagg.keys import RunTerms
 from accord_shared.secagg.masking import Words
 from conformance.federation import RUN, LossyExchange, identity, names_of, roster_of
 from conformance.lab import Lab, dimension, lab_plan
@@ -38,9 +39,9 @@ class Watched(LocalMembers):
 
     before_mask: Callable[[Words], None] = staticmethod(lambda words: None)
 
-    def mask(self, run_id: str, words: Words, head: Head = NO_LEDGER) -> MaskedUpload:
+    def mask(self, run_id: str, words: Words, ledger: Statement | None = None) -> MaskedUpload:
         self.before_mask(words)
-        return super().mask(run_id, words, head)
+        return super().mask(run_id, words, ledger)
 
 
 class SecureLab:
@@ -61,7 +62,11 @@ class SecureLab:
         self.terms = RunTerms.of(plan, RUN, self.roster.hash, self.dimension, self.sigma)
         handlers = {name: self._handler(name) for name in self.names}
         self.exchange = LossyExchange(handlers, self.enquiry)
-        self.aggregation = SecureAggregation(plan, self.roster, self.dimension, self.sigma)
+        self.aggregation = self.new_aggregation()
+
+    def new_aggregation(self) -> SecureAggregation:
+        """The aggregation of a coordinator that knows nothing yet."""
+        return SecureAggregation(self.plan, self.roster, self.dimension, self.sigma)
 
     @property
     def enquiry(self) -> Enquiry:

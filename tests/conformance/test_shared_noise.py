@@ -185,7 +185,7 @@ def test_a_restart_between_attempts_charges_again_and_never_less(tmp_path: Path)
         lab.start(name)
     lab.exchange.lost = lambda name, message: False
     attempts = [zero_request(lab, 1, attempt) for attempt in (2, 3, 4)]  # the sites join and are introduced again
-    assert [each.survivors for each in attempts if each.survivors][0] == lab.names
+    assert next(each.survivors for each in attempts if each.survivors) == lab.names
     assert {lab.rounds(name) for name in lab.names} == {2}
 
 

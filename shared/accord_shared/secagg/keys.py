@@ -27,6 +27,7 @@ from accord_shared.frames import frame, hash_frame
 from accord_shared.identity import BOTH_SIGNATURES, ED25519_SIGNATURE, Identity, Member, verify, verify_both
 from accord_shared.plan import Plan
 from accord_shared.quantize import DEFAULT_BITS, Encoding, default_bound
+from accord_shared.receipts import NO_LEDGER, Head
 from accord_shared.secagg.graph import sparse_thresholds
 from accord_shared.secagg.thresholds import COMPLETE_MAX, Mode, Thresholds, thresholds
 
@@ -177,22 +178,6 @@ _LOW_ORDER = frozenset(
 )
 """Points whose product with any key is zero (RFC 7748, section 6.1; the list of Bernstein, "Curve25519", and its
 non-canonical forms): one signed bundle with such a key would make every peer refuse the whole cohort."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """The newest entry of a site's privacy ledger: peers and coordinator remember it, and refuse one that went back."""
-
-    seq: int = 0
-    hash: bytes = bytes(32)
-
-    def to_bytes(self) -> bytes:
-        """u64 big-endian, then the 32 bytes."""
-        return struct.pack(">Q", self.seq) + self.hash
-
-
-NO_LEDGER = Head()
-"""Of a site that has not written anything yet."""
 
 
 @dataclass(frozen=True)

@@ -30,18 +30,17 @@ from accord_shared.messages import (
     SurvivorsSigned,
 )
 from accord_shared.quantize import pack
+from accord_shared.receipts import NO_LEDGER, Head
 from accord_shared.roster import Roster
 from accord_shared.secagg import shamir
 from accord_shared.secagg.dealing import dealt, opened_part
 from accord_shared.secagg.graph import choose_neighbours
 from accord_shared.secagg.keys import (
     KEM_SEED_BYTES,
-    NO_LEDGER,
     SESSION_BYTES,
     Attempt,
     Bundle,
     Credential,
-    Head,
     PairKeys,
     Party,
     RunTerms,

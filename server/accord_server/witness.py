@@ -1,0 +1,66 @@
+"""The coordinator as a witness of the sites' privacy ledgers: the newest head and receipt of each (PROTOCOL.md, 15)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from accord_shared.errors import CheckpointError, LedgerRolledBack, ProtocolError
+from accord_shared.receipts import NO_LEDGER, Head, Receipt
+from accord_shared.roster import Roster
+
+
+class Witness:
+    """Remembers receipts; `on_change` is told of all of them, as one text that `restore` reads.
+
+    Receipts are signed and sealed by their sites: here they are compared and kept, never read.
+    """
+
+    def __init__(self, roster: Roster, on_change: Callable[[str], None] = lambda _: None) -> None:
+        self._roster, self._on_change = roster, on_change
+        self._receipts: dict[str, Receipt] = {}
+
+    def see(self, name: str, head: Head, receipt: bytes = b"") -> None:
+        """Compare the head that a site signed with its newest receipt, and keep the receipt that came with it.
+
+        Raises:
+            LedgerRolledBack: the head is older than one that was seen, or another with the same number.
+            ProtocolError: the receipt is not the site's, or of another head.
+        """
+        known = self.head(name)
+        if head.seq < known.seq or (head.seq == known.seq and head != known):
+            raise LedgerRolledBack(f"the ledger of {name!r} went back to entry {head.seq}, entry {known.seq} was seen")
+        if not receipt:
+            return
+        made = Receipt.from_json(receipt)
+        made.verify(self._roster.member(name))
+        if made.site != name or made.seq < head.seq or (made.seq == head.seq and made.head != head):
+            raise ProtocolError(f"a receipt that does not belong to the ledger of {name!r}")
+        if made.seq > known.seq:
+            self._receipts[name] = made
+
+    def head(self, name: str) -> Head:
+        """The newest head that was seen with a receipt."""
+        return self._receipts[name].head if name in self._receipts else NO_LEDGER
+
+    def receipt(self, name: str) -> bytes:
+        """The newest receipt of a site; empty if there is none."""
+        return self._receipts[name].to_json().encode() if name in self._receipts else b""
+
+    def keep(self) -> None:
+        """Tell `on_change`."""
+        self._on_change(json.dumps({name: receipt.to_json() for name, receipt in sorted(self._receipts.items())}))
+
+    def restore(self, text: str) -> None:
+        """Read what `keep` told.
+
+        Raises:
+            CheckpointError: it is damaged, or not of this roster's sites.
+        """
+        try:
+            receipts = {name: Receipt.from_json(value) for name, value in json.loads(text).items()}
+            for name, receipt in receipts.items():
+                receipt.verify(self._roster.member(name))
+        except (ValueError, AttributeError, ProtocolError) as error:
+            raise CheckpointError(f"the receipts of the sites' ledgers are damaged: {error}") from None
+        self._receipts = receipts
