@@ -70,6 +70,10 @@ class Membership:
         self._sessions.pop(name, None)
         self._lost.add(name)
 
+    def told(self, name: str) -> None:
+        """A site knows that its ledger went back: it is asked no further until it joins again."""
+        self._rolled_back.pop(name, None)
+
     def requests(self, terms: RunTerms, joined: Mapping[str, Joined], enquiry: Enquiry) -> dict[str, Message]:
         """What brings the sites that are not ready one trip further."""
         self._terms = terms
@@ -78,7 +82,6 @@ class Membership:
         fresh = sorted(name for name, session in self._sessions.items() if not session.ready)
         wanted: dict[str, Message] = dict.fromkeys(sorted(self._lost), enquiry)
         wanted |= {name: replace(enquiry, receipt=data) for name, data in sorted(self._rolled_back.items())}
-        self._rolled_back.clear()  # told once: it joins again when it has recovered
         if terms.sparse and fresh:
             self.run_names = self.run_names or tuple(sorted(self._sessions))
             choosing = [name for name in fresh if self._sessions[name].chosen is None and name in self.run_names]

@@ -267,6 +267,8 @@ class _Trips:
         self.refused[failure.kind].add(name)
         if failure.kind == SessionLost.__name__:
             self.membership.lose(name)
+        if failure.kind == LedgerRolledBack.__name__:
+            self.membership.told(name)
 
 
 def _with_introductions(request: MaskRequest, waiting: Mapping[str, tuple[bytes, bytes]]) -> MaskRequest:
