@@ -31,9 +31,10 @@ from transformers import AutoModel, AutoTokenizer
 folder, base = ".", {base!r}  # the base model: a folder or a hub name
 info, head = json.load(open(f"{{folder}}/accord.json")), load_file(f"{{folder}}/head.safetensors")
 tokenizer, encoder = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base).eval(){backbone}
-batch = tokenizer(["Where is my card?"], padding=True, truncation=True, max_length={tokens}, return_tensors="pt")
+texts = [prompt.replace("{{}}", text) for text in ["Where is my card?"] for prompt in info["prompts"]]
+batch = tokenizer(texts, padding=True, truncation=True, max_length={tokens}, return_tensors="pt")
 hidden, mask = encoder(**batch, output_hidden_states=True).hidden_states[{layer}], batch["attention_mask"].unsqueeze(-1)
-pooled = {pooled}
+pooled = torch.nn.functional.normalize({pooled}, dim=-1).unflatten(0, (-1, len(info["prompts"]))).mean(1)
 features = torch.nn.functional.normalize(pooled, dim=-1) - head["center"]
 print([info["labels"][i] for i in (features @ head["weight"].T).argmax(-1)])
 ```
@@ -65,6 +66,7 @@ def export_model(workspace: Workspace, weights: Vector, folder: Path, facts: dic
         write_atomic(folder / "encoder.safetensors", save(_contiguous(trained)))
     info = {
         "labels": list(plan.task.labels),
+        "prompts": list(plan.task.prompts or ("{}",)),
         "max_tokens": plan.task.max_tokens,
         "base_model": plan.model.source,
         "base_digest": plan.model.digest,

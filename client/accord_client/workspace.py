@@ -54,15 +54,35 @@ class Workspace:
     def embeddings(
         self, texts: tuple[str, ...], on_progress: Callable[[int], None] = lambda _: None
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Pooled embeddings [n, d], from the cache where they are."""
-        name = key(self._digest, self.plan.task.max_tokens, self.plan.model.layer, texts)
-        return self._cache.get(name, lambda: pooled(self.encoder, texts, self.runtime, on_progress))
+        """Pooled embeddings [n, d], from the cache where they are.
+
+        With `task.prompts` the mean over prompts of unit embeddings.
+        """
+        return self._cache.get(self._name(texts), lambda: self._embed(texts, on_progress))
+
+    def _embed(
+        self, texts: tuple[str, ...], on_progress: Callable[[int], None]
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        prompts = self.plan.task.prompts
+        if prompts is None:
+            return pooled(self.encoder, texts, self.runtime, on_progress)
+        total = np.zeros((len(texts), self.encoder.hidden_size), dtype=np.float32)
+        for index, prompt in enumerate(prompts):
+            asked = tuple(prompt.replace("{}", text) for text in texts)
+            part = pooled(self.encoder, asked, self.runtime, on_progress if index == 0 else lambda _: None)
+            total += part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
+        return total / np.float32(len(prompts))
+
+    def _name(self, texts: tuple[str, ...]) -> str:
+        """Of the embeddings of `texts` in the cache."""
+        prompts = self.plan.task.prompts
+        read = texts if prompts is None else (*texts, *prompts, f"{len(prompts)} prompts")
+        return key(self._digest, self.plan.task.max_tokens, self.plan.model.layer, read)
 
     def keep_embeddings(self, texts: tuple[str, ...], embeddings: np.ndarray[Any, np.dtype[np.float32]]) -> None:
         """Store embeddings [n, d] that were computed elsewhere under the name that `embeddings` looks up."""
-        name = key(self._digest, self.plan.task.max_tokens, self.plan.model.layer, texts)
-        if not self._cache.has(name):
-            self._cache.put(name, embeddings)
+        if not self._cache.has(self._name(texts)):
+            self._cache.put(self._name(texts), embeddings)
 
     @cached_property
     def frame(self) -> LabelFrame:

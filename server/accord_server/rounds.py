@@ -183,9 +183,10 @@ class Coordinator:
                 return aggregate, report
             if len(set(exchange.sites()) - aggregate.exhausted) < self._plan.cohort.minimum:
                 break
-        if aggregate.exhausted and number > self._plan.rounds_per_site:
+        # Make-up rounds are run as far as they go; under shared noise attempts in vain were releases too.
+        if aggregate.exhausted and (number > self._plan.rounds_per_site or self._plan.shared_noise):
             log.info("round %d: %d sites have released all they may: the run ends", number, len(aggregate.exhausted))
-            return None  # make-up rounds are run as far as they go
+            return None
         reasons = sorted(set(aggregate.failures.values()))[:2]
         raise RoundAborted(
             f"round {number}: {len(aggregate.survivors)} of {len(cohort)} sites finished in the last of "

@@ -69,10 +69,12 @@ class TaskSpec(Table):
     kind: Literal["classification"] = "classification"
     labels: tuple[str, ...] = Field(min_length=2, max_length=10_000)
     label_texts: tuple[str, ...] | None = None
+    prompts: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=16)
+    """What every text, also a label's, is read in, at `{}`: unit embeddings are averaged over prompts. Public."""
     max_tokens: int = Field(default=64, ge=4, le=8192)
     unit: str = Field(default="row", pattern=r"^(row|column:.+)$")
 
-    @field_validator("labels", "label_texts", "unit", mode="before")
+    @field_validator("labels", "label_texts", "prompts", "unit", mode="before")
     @classmethod
     def _lists_are_tuples(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -83,6 +85,8 @@ class TaskSpec(Table):
             raise ValueError("task.labels has duplicates")
         if self.label_texts is not None and len(self.label_texts) != len(self.labels):
             raise ValueError("task.label_texts must name every label once")
+        if any(prompt.count("{}") != 1 for prompt in self.prompts or ()):
+            raise ValueError("task.prompts: each has exactly one {}, where the text goes")
         return self
 
     @property
@@ -256,6 +260,8 @@ class Plan(Table):
             raise ValueError(f'local.clip_norm is missing: privacy.noise = "{noise}" needs it')
         if self.run.rounds_per_site is not None and self.run.rounds_per_site > self.run.rounds:
             raise ValueError(f"run.rounds_per_site = {self.run.rounds_per_site} is more than run.rounds")
+        if self.task.prompts is not None and self.adapter.depth != "head":
+            raise ValueError('task.prompts needs adapter.depth = "head": deeper training reads each text once')
         if self.model.layer != -1 and self.adapter.depth != "head":
             raise ValueError('model.layer needs adapter.depth = "head": layers above it would never be trained')
         if noise != "none" and self.privacy.delta * self.local.expected_records >= 1:

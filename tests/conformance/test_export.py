@@ -22,6 +22,7 @@ from conftest import plan_of
 ADAPTERS: dict[str, dict[str, Any]] = {
     "head": {"adapter.depth": "head"},
     "head-inner-layer": {"adapter.depth": "head", "model.layer": -2},
+    "head-prompts": {"task.prompts": ["{}", "a customer asks: {}"]},
     "head-pooled": {"adapter.depth": "head", "adapter.features": "pooled"},
     "lora": {"adapter.depth": "lora", "adapter.rank": 4},
     "lora-last-1": {"adapter.depth": "lora", "adapter.rank": 4, "adapter.layers": "last:1"},
@@ -44,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
 def readme_code(folder: Path) -> str:
     """The README's lines, on all `TEXTS` where the README has one."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 11
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
     code = code.replace('["Where is my card?"]', repr(list(TEXTS)))
     return str(code if "padding=True" in code else code.replace("truncation=True", "truncation=True, padding=True"))
 

@@ -159,12 +159,12 @@ def test_a_reservation_that_a_dead_process_left_is_counted(tmp_path: Path, monke
         death = armed(monkeypatch, tmp_path / f"{at}" / "site", at)
         folder, ended = death.folder, False
         try:
-            SiteStore(folder, datasets=limits).reserve(PLAN, 1, EVENT)
+            SiteStore(folder, durable=False, datasets=limits).reserve(PLAN, 1, EVENT)
             ended = True
         except Crash:
             folder = death.left
         armed(monkeypatch, folder, 0)
-        store = SiteStore(folder, datasets=limits)
+        store = SiteStore(folder, durable=False, datasets=limits)
         kept = store.ledger.verify().reservation(PLAN) is not None
         done = releases_until_refused(store, OTHER)
         alone = alone or done
