@@ -18,15 +18,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from accord_shared.files import make_folder, write_atomic
-from accord_simulations.report import _figures, _numbers, _sweep, _view
+from accord_simulations.audit.canaries import CanaryAudit
+from accord_simulations.audit.inversion import InversionAudit
+from accord_simulations.audit.one_run import Coins, Scores
+from accord_simulations.report import _audit, _figures, _numbers, _sweep, _view
 from accord_simulations.report._costs import costs
 from accord_simulations.report._frontier import frontier
 from accord_simulations.report._models import is_private
 from accord_simulations.report._story import story
 from accord_simulations.report._theme import DARK, LIGHT, Plot, render
+from accord_simulations.resources import versions
 from accord_simulations.results import SimulationResult, SweepResult
 
-__all__ = ["write_report", "write_sweep"]
+__all__ = ["write_canaries", "write_inversion", "write_report", "write_sweep"]
 
 
 def write_report(result: SimulationResult, directory: Path) -> Path:
@@ -56,6 +60,36 @@ def write_sweep(result: SweepResult, directory: Path) -> Path:
     plots = {"frontier": render("frontier", partial(frontier, result), title)}
     page = _page("sweep.html", result=result, plots=plots, **_sweep.view(result))
     return _write(directory, "sweep", page, result.to_json(), plots)
+
+
+def write_canaries(result: CanaryAudit, scores: Scores, members: Coins, directory: Path) -> Path:
+    """Write `audit-canaries.html`, `audit-canaries.json` and a PNG of the scores [m] into `directory`.
+
+    Returns:
+        The path of the HTML page.
+
+    Raises:
+        OutputError: the folder or a file cannot be written.
+    """
+    draw = partial(_audit.scores, scores, members, result.guesses)
+    plots = {"audit-scores": render("audit-scores", draw, "scores of canaries in and out of the run")}
+    page = _page("audit.html", plots=plots, found_versions=versions(), **_audit.canaries_view(result))
+    return _write(directory, "audit-canaries", page, result.to_json(), plots)
+
+
+def write_inversion(result: InversionAudit, directory: Path) -> Path:
+    """Write `audit-inversion.html`, `audit-inversion.json` and a PNG of the rates into `directory`.
+
+    Returns:
+        The path of the HTML page.
+
+    Raises:
+        OutputError: the folder or a file cannot be written.
+    """
+    title = "how often the right candidate is named"
+    plots = {"audit-retrieval": render("audit-retrieval", partial(_audit.retrieval, result), title)}
+    page = _page("audit.html", plots=plots, found_versions=versions(), **_audit.inversion_view(result))
+    return _write(directory, "audit-inversion", page, result.to_json(), plots)
 
 
 def _plots(result: SimulationResult) -> dict[str, Plot]:

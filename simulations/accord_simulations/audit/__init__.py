@@ -1,0 +1,1 @@
+"""The privacy audit: attacks on what a run releases, held against the guarantee that it claims."""

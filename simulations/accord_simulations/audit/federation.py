@@ -1,0 +1,179 @@
+"""The federation that is attacked: product sites, product rounds, product sums, in this process, and a recorder.
+
+From a record to what the coordinator decodes nothing is the audit's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from accord_client.data import Examples
+from accord_client.members import LocalMembers
+from accord_client.site import Site
+from accord_client.workspace import Workspace
+from accord_server.aggregation import Aggregate, Aggregation, PlainAggregation
+from accord_server.exchange import Exchange, LocalExchange, Reply
+from accord_server.secagg import SecureAggregation
+from accord_shared import PROTOCOL_VERSION
+from accord_shared.errors import Interrupted, RoundAborted
+from accord_shared.identity import Identity
+from accord_shared.messages import Enquiry, Message, TrainReply, TrainRequest
+from accord_shared.plan import Plan
+from accord_shared.vectors import Vector
+from accord_simulations.audit.gradients import Floats
+from accord_simulations.participants import WorkFolder
+from accord_simulations.vault import SimulatedRoster
+
+RUN_ID = "audit"
+Array = npt.NDArray[np.float64]
+Watch = Callable[[int, int], None]
+"""Called with how much is done, of how much."""
+
+
+def ignore(_done: int, _of: int) -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """What an attacker sees of one round: the weights [P] that it was asked at, and sums [P] of the updates of `sites`.
+
+    Under shared noise that is the one sum which secure aggregation opens; under `site` noise, which promises that each
+    update may be seen, it is every update by itself.
+    """
+
+    round: int
+    weights: Vector
+    sums: tuple[tuple[tuple[str, ...], Array], ...]
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """Sites with their records, and what sums their updates."""
+
+    plan: Plan
+    exchange: LocalExchange
+    aggregation: Aggregation
+
+    @staticmethod
+    def make(
+        plan: Plan,
+        workspace: Workspace,
+        work: WorkFolder,
+        members: Sequence[tuple[str, Examples]],
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Attacked:
+        """Start the sites and let them join.
+
+        Raises:
+            AccordError: a site refuses the plan.
+        """
+        secured = plan.secure_aggregation.mode != "off"
+        names = tuple(name for name, _ in members)
+        roster = SimulatedRoster.make(plan, names) if secured else None
+        handlers = {
+            name: _stoppable(_site(plan, workspace, work, index, members[index], roster).handle, stopping)
+            for index, name in enumerate(names)
+        }
+        accepted = roster.signed.roster if roster is not None else None
+        exchange = LocalExchange(
+            handlers,
+            Enquiry(PROTOCOL_VERSION, RUN_ID, plan.to_json(), plan.hash, accepted.hash if accepted else ""),
+        )
+        exchange.join()
+        aggregation: Aggregation = PlainAggregation(plan.extra_coordinates)
+        if accepted is not None:
+            dimension = workspace.model.layout.dimension
+            aggregation = SecureAggregation(plan, accepted, dimension, work.noise_multiplier)
+        return Attacked(plan, exchange, aggregation)
+
+    def collect(self, weights: Vector, number: int = 1) -> Array:
+        """One round's sum [P], for attacks on a single one.
+
+        Raises:
+            RoundAborted: a site did not finish.
+        """
+        request = TrainRequest(PROTOCOL_VERSION, RUN_ID, self.plan.hash, number, 1, weights)
+        aggregate = self.aggregation.collect(request, tuple(self.exchange.sites()), self.exchange)
+        if len(aggregate.survivors) != len(self.exchange.sites()):
+            raise RoundAborted("; ".join(aggregate.failures.values()) or "no sum was opened")
+        return aggregate.total[: len(weights)]
+
+
+def _site(
+    plan: Plan,
+    workspace: Workspace,
+    work: WorkFolder,
+    index: int,
+    member: tuple[str, Examples],
+    roster: SimulatedRoster | None,
+) -> Site:
+    name, examples = member
+    own = LocalMembers(name, Identity.from_seeds(*roster.seeds[index]), roster.signed.roster) if roster else None
+    return Site(
+        name,
+        store=work.store(index),
+        workspace_of=lambda _: workspace,
+        examples_of=lambda _: examples,
+        noise_multiplier_of=lambda _: work.noise_multiplier,
+        members=own,
+        least_secure_aggregation=plan.secure_aggregation.mode,
+        accept_without_privacy=plan.privacy.noise == "none",
+    )
+
+
+def _stoppable(handler: Callable[[Message], Message], stopping: Callable[[], bool]) -> Callable[[Message], Message]:
+    def handle(message: Message) -> Message:
+        if stopping():
+            raise Interrupted("asked to stop")
+        return handler(message)
+
+    return handle
+
+
+class Recorder:
+    """An `Aggregation` that shows each round's release to `watch`, and changes nothing."""
+
+    def __init__(self, inner: Aggregation, plan: Plan, watch: Callable[[Release], None]) -> None:
+        self.trips = inner.trips
+        self._inner, self._plan, self._watch = inner, plan, watch
+
+    def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
+        """As the inner aggregation's."""
+        listening = _Listening(exchange)
+        aggregate = self._inner.collect(request, cohort, listening)
+        sums: tuple[tuple[tuple[str, ...], Array], ...] = ((aggregate.survivors, aggregate.total),)
+        if listening.updates:
+            sums = tuple(((site,), update.astype(np.float64)) for site, update in listening.updates.items())
+        if aggregate.survivors:
+            self._watch(Release(request.round, request.weights, sums))
+        return aggregate
+
+
+class _Listening:
+    """An `Exchange` that keeps the plain updates which come through it."""
+
+    def __init__(self, inner: Exchange) -> None:
+        self.enquiry, self.joined = inner.enquiry, inner.joined
+        self.updates: dict[str, Vector] = {}
+        self._inner = inner
+
+    def sites(self) -> Sequence[str]:
+        return self._inner.sites()
+
+    def send(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Reply]]:
+        for site, reply in self._inner.send(requests):
+            if isinstance(reply, TrainReply):
+                self.updates[site] = reply.update
+            yield site, reply
+
+
+def gradient_sum(plan: Plan, total: Array, shape: tuple[int, ...]) -> Floats:
+    """The sum of gradients [L, d] that an update [P, and extra coordinates] of one step of sgd is."""
+    local = plan.local
+    scale = -local.sampling_rate * local.expected_records / local.learning_rate
+    return (scale * total[: int(np.prod(shape))]).reshape(shape).astype(np.float32)
