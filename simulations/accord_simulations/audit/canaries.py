@@ -113,7 +113,7 @@ def audit_canaries(
         plan,
         RUN_ID,
         workspace.initial(),
-        aggregation=Recorder(attacked.aggregation, plan, auditor.see),
+        aggregation=Recorder(attacked.aggregation, auditor.see),
         observer=lambda report, _: on_round(report.round, plan.run.rounds),
     )
     weights = coordinator.run(attacked.exchange)

@@ -91,17 +91,19 @@ class Attacked:
             aggregation = SecureAggregation(plan, accepted, dimension, work.noise_multiplier)
         return Attacked(plan, exchange, aggregation)
 
-    def collect(self, weights: Vector, number: int = 1) -> Array:
-        """One round's sum [P], for attacks on a single one.
+    def first_round(self, weights: Vector) -> Release:
+        """The release of the first round at `weights` [P], for attacks on a single one.
 
         Raises:
             RoundAborted: a site did not finish.
         """
-        request = TrainRequest(PROTOCOL_VERSION, RUN_ID, self.plan.hash, number, 1, weights)
-        aggregate = self.aggregation.collect(request, tuple(self.exchange.sites()), self.exchange)
-        if len(aggregate.survivors) != len(self.exchange.sites()):
+        seen: list[Release] = []
+        request = TrainRequest(PROTOCOL_VERSION, RUN_ID, self.plan.hash, 1, 1, weights)
+        sites = tuple(self.exchange.sites())
+        aggregate = Recorder(self.aggregation, seen.append).collect(request, sites, self.exchange)
+        if len(aggregate.survivors) != len(sites):
             raise RoundAborted("; ".join(aggregate.failures.values()) or "no sum was opened")
-        return aggregate.total[: len(weights)]
+        return seen[0]
 
 
 def _site(
@@ -138,9 +140,9 @@ def _stoppable(handler: Callable[[Message], Message], stopping: Callable[[], boo
 class Recorder:
     """An `Aggregation` that shows each round's release to `watch`, and changes nothing."""
 
-    def __init__(self, inner: Aggregation, plan: Plan, watch: Callable[[Release], None]) -> None:
+    def __init__(self, inner: Aggregation, watch: Callable[[Release], None]) -> None:
         self.trips = inner.trips
-        self._inner, self._plan, self._watch = inner, plan, watch
+        self._inner, self._watch = inner, watch
 
     def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
         """As the inner aggregation's."""

@@ -261,7 +261,7 @@ class _Laboratory:
         )
 
     def _round(self, batches: Integers) -> Iterator[tuple[Floats, Integers]]:
-        """One sum over sites that hold `batches` [n, b]; for each site, what is left of it without all the others."""
+        """One round of sites that hold `batches` [n, b]; for each, what was released of it without all the others."""
         members = []
         for name, own in zip(self.sites, batches, strict=True):
             examples = self.examples.take(own)
@@ -270,11 +270,14 @@ class _Laboratory:
         with tempfile.TemporaryDirectory(dir=self.prepared.work.root) as folder:
             work = replace(self.prepared.work, root=Path(folder), noise_multiplier=noise_multiplier(self.plan))
             attacked = Attacked.make(self.plan, self.workspace, work, members, self.stopping)
-            total = gradient_sum(self.plan, attacked.collect(self._weights.ravel()), self._weights.shape)
-        for number, own in enumerate(batches):
-            others = np.delete(batches, number, axis=0).ravel()
-            known = self._residuals[others].T @ self._known.features[others]
-            yield total - self.plan.local.sampling_rate * known, own
+            release = attacked.first_round(self._weights.ravel())
+        held = dict(zip(self.sites, batches, strict=True))
+        for sites, total in release.sums:
+            gradients = gradient_sum(self.plan, total, self._weights.shape)
+            for name in sites:
+                others = [record for other in sites if other != name for record in held[other].tolist()]
+                known = self._residuals[others].T @ self._known.features[others]
+                yield gradients - self.plan.local.sampling_rate * known, held[name]
 
     def _named(self, rest: Floats, basis: npt.NDArray[np.float64], record: int) -> tuple[bool, bool]:
         """Whether `record` comes first among the candidates, by subspace and by likelihood."""

@@ -39,7 +39,8 @@ def prepare_audit(
     plan = resolved.plan
     if plan.privacy.noise not in ("site", "cohort"):
         raise PlanError(f'privacy.noise = "{plan.privacy.noise}": the audit needs "cohort" or "site"')
-    if plan.adapter.depth != "head" or plan.local.steps_per_round != 1 or plan.local.optimizer != "sgd":
+    local = plan.local
+    if plan.adapter.depth != "head" or (local.steps_per_round, local.optimizer, local.momentum) != (1, "sgd", 0.0):
         raise PlanError('the audit knows gradients of adapter.depth = "head" and one step of sgd a round alone')
     prepared = prepare(resolved, folder, cache)
     return replace(prepared, work=replace(prepared.work, durable=False, vault=None))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from accord_simulations.audit.canaries import CanaryAudit
 from accord_simulations.audit.inversion import Attack, InversionAudit
@@ -159,6 +160,8 @@ def retrieval(result: InversionAudit, ink: Palette, width: float) -> Figure:
         axes.plot([max(attack.inversion.rate, floor)], [place], color=colour, marker="o", markersize=5)
     axes.axvline(chance, color=ink.muted, linewidth=1.0, linestyle=(0, (1, 2)), label="chance")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(floor, 1.3)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
