@@ -22,10 +22,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accord_shared.errors import LedgerDamaged, LedgerRolledBack, OutputError, ProtocolError
+from accord_shared.errors import LedgerBehind, LedgerDamaged, LedgerRolledBack, OutputError, ProtocolError
 from accord_shared.files import make_folder, sync_folder, write_atomic
 from accord_shared.frames import hash_frame
-from accord_shared.receipts import NO_LEDGER, Head
+from accord_shared.receipts import NO_LEDGER, Head, Seen
 
 DENSE = 64
 """Newest entries that a receipt names one by one."""
@@ -35,6 +35,8 @@ MOST_OPEN = 32
 """Connections that one process keeps open, three files each; opening again costs several waits for the disk."""
 PATIENCE_S = 60.0
 """How long a process waits for another one's transaction."""
+MOST_SESSIONS = 16
+"""Sessions of a peer whose heads are remembered: those that came furthest."""
 RECOVER = "see `accord site ledger recover`"
 
 _APPLICATION, _VERSION = 0x41434C47, 1
@@ -42,7 +44,8 @@ _NONCE = 16
 _SCHEMA = (
     "CREATE TABLE entries (seq INTEGER PRIMARY KEY, time INTEGER NOT NULL, nonce BLOB NOT NULL, "
     "kind TEXT NOT NULL, body TEXT NOT NULL, hash BLOB NOT NULL)",
-    "CREATE TABLE witnessed (peer TEXT PRIMARY KEY, seq INTEGER NOT NULL, hash BLOB NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE witnessed (peer TEXT NOT NULL, session BLOB NOT NULL, seq INTEGER NOT NULL, hash BLOB NOT NULL, "
+    "PRIMARY KEY (peer, session)) WITHOUT ROWID",
     "CREATE TRIGGER entries_follow BEFORE INSERT ON entries WHEN NEW.seq <= (SELECT max(seq) FROM entries) "
     "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
     "CREATE TRIGGER entries_stay BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
@@ -54,6 +57,11 @@ _FROM = "SELECT seq, time, nonce, kind, body, hash FROM entries WHERE seq >= ? O
 _NEAR = "SELECT seq, hash FROM entries WHERE seq <= ? AND seq > ? ORDER BY seq DESC"
 _MACHINE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 _IN_USE = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+_FORGET = (
+    "DELETE FROM witnessed WHERE peer = ? AND session NOT IN "
+    "(SELECT session FROM witnessed WHERE peer = ? ORDER BY seq DESC LIMIT ?)"
+)
 
 Connection = sqlite3.Connection
 """What connections are made of: tests put one here that dies."""
@@ -220,7 +228,7 @@ class Reading:
 
     def witnessed(self) -> dict[str, Head]:
         """The newest head that was seen of each peer."""
-        rows = self._connection.execute("SELECT peer, seq, hash FROM witnessed ORDER BY peer")
+        rows = self._connection.execute("SELECT peer, seq, hash FROM witnessed ORDER BY peer, seq")
         return {peer: Head(seq, bytes(value)) for peer, seq, value in rows}
 
     def check_pages(self) -> None:
@@ -244,24 +252,39 @@ class Writing(Reading):
         self._connection.execute(_INSERT, row)
         self._head = Head(row[0], row[5])
 
-    def witness(self, peer: str, seen: Head) -> None:
+    def witness(self, peer: str, seen: Seen) -> None:
         """Remember a peer's head.
 
+        Sessions that overlap may each lag behind the other, so an old one is held to its own past, a new one to all.
+
         Raises:
-            ProtocolError: a newer one was seen before, or another one of the same number.
+            LedgerBehind: a newer one was seen before, or another one of the same number.
+            ProtocolError: no ledger has so many entries.
         """
-        row = self._connection.execute("SELECT seq, hash FROM witnessed WHERE peer = ?", (peer,)).fetchone()
-        known = NO_LEDGER if row is None else Head(row[0], bytes(row[1]))
-        if seen.seq > MOST_ENTRIES:
-            raise ProtocolError(f"the ledger of {peer!r} cannot have {seen.seq} entries")
-        if seen.seq < known.seq or (seen.seq == known.seq and seen != known):
-            raise ProtocolError(f"the ledger of {peer!r} went back or forked: entry {known.seq} was seen before")
-        if seen != known:
-            self._connection.execute(
-                "INSERT INTO witnessed VALUES (?, ?, ?) ON CONFLICT (peer) DO UPDATE SET seq = excluded.seq, "
-                "hash = excluded.hash",
-                (peer, seen.seq, seen.hash),
-            )
+        known, newest = self._seen_before(peer, seen.session)
+        head, before = seen.head, known or newest
+        if head.seq > MOST_ENTRIES:
+            raise ProtocolError(f"the ledger of {peer!r} cannot have {head.seq} entries")
+        if head.seq < before.seq or (head.seq == before.seq and head != before):
+            raise LedgerBehind(f"the ledger of {peer!r} went back or forked: entry {before.seq} was seen before")
+        if head == known:
+            return
+        self._connection.execute(
+            "INSERT INTO witnessed VALUES (?, ?, ?, ?) ON CONFLICT (peer, session) DO UPDATE SET "
+            "seq = excluded.seq, hash = excluded.hash",
+            (peer, seen.session, head.seq, head.hash),
+        )
+        if known is None:
+            self._connection.execute(_FORGET, (peer, peer, MOST_SESSIONS))
+
+    def _seen_before(self, peer: str, session: bytes) -> tuple[Head | None, Head]:
+        """The newest head of the session (None: it is new), and of all sessions of a peer."""
+        query = "SELECT session, seq, hash FROM witnessed WHERE peer = ? ORDER BY seq"
+        known, newest = None, NO_LEDGER
+        for one, seq, value in self._connection.execute(query, (peer,)).fetchall():
+            newest = Head(seq, bytes(value))
+            known = newest if bytes(one) == session else known
+        return known, newest
 
 
 def _made(after: Head, kind: str, body: str, above: int = 0) -> tuple[int, int, bytes, str, str, bytes]:

@@ -36,7 +36,7 @@ from accord_client.limits import LimitCheck, epsilon_of
 from accord_client.receipts import Receipt, Signer, Statement, make_receipt
 from accord_shared.dp.events import Event
 from accord_shared.errors import LedgerRolledBack, ProtocolError
-from accord_shared.receipts import NO_LEDGER, Head
+from accord_shared.receipts import NO_LEDGER, Head, Seen
 
 
 class Ledger:
@@ -177,7 +177,7 @@ class Ledger:
             _append(writing, entry)
 
     def release(
-        self, step: Reserved, finish: Callable[[Releases], Released], witnessed: Mapping[str, Head] | None = None
+        self, step: Reserved, finish: Callable[[Releases], Released], witnessed: Mapping[str, Seen] | None = None
     ) -> Releases:
         """Before the first byte leaves: `step` is spent for ever.
 
@@ -187,7 +187,7 @@ class Ledger:
 
         Raises:
             LimitReached: no reservation, and not within the limits of the data set's lineage.
-            ProtocolError: the round is past, or the ledger of a peer went back or forked.
+            ProtocolError: the round is past, or (`LedgerBehind`) the ledger of a peer went back or forked.
         """
         with self._write() as (balance, writing):
             before, reserved = balance.plan(step.plan), balance.reservation(step.plan)
@@ -220,11 +220,11 @@ class Ledger:
 
     # --- witnesses: peers of this ledger, and this ledger as theirs
 
-    def witness(self, heads: Mapping[str, Head]) -> None:
+    def witness(self, heads: Mapping[str, Seen]) -> None:
         """Remember the newest heads of peers, in one transaction.
 
         Raises:
-            ProtocolError: the ledger of a peer went back or forked; then none is remembered.
+            LedgerBehind: the ledger of a peer went back or forked; then none is remembered.
         """
         with self._write() as (_, writing):
             for peer, seen in heads.items():

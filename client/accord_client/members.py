@@ -24,7 +24,7 @@ from accord_shared.messages import (
     OpenRequest,
     SurvivorsRequest,
 )
-from accord_shared.receipts import NO_LEDGER, Head
+from accord_shared.receipts import NO_LEDGER, Seen
 from accord_shared.roster import Roster
 from accord_shared.secagg.keys import RunTerms
 from accord_shared.secagg.masking import Words
@@ -52,7 +52,7 @@ class Members(Protocol):
     def answer(self, request: SideRequest) -> Message:
         """Messages that touch neither data nor disk."""
 
-    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Head]:
+    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Seen]:
         """Trip 1, before training: heads of the partners' ledgers; see `Member.accept`."""
 
     def mask(self, run_id: str, words: Words, ledger: Statement) -> MaskedUpload:
@@ -96,6 +96,8 @@ class LocalMembers:
                 self._members.popitem(last=False)
         if known[0] != terms:
             raise ProtocolError("R1: the run was joined on other terms")
+        if ledger is not None:
+            known[1].tell_ledger(ledger.head)
         return known[1].credential, known[1].bundle, self._receipt(ledger)
 
     def _receipt(self, ledger: Statement | None) -> bytes:
@@ -117,7 +119,7 @@ class LocalMembers:
                 return member.introduce(request)
             return member.sign(request)
 
-    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Head]:
+    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Seen]:
         """Trip 1, before training."""
         return self._member(request.run_id).accept(request, model_hash)
 

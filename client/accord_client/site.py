@@ -48,7 +48,7 @@ from accord_shared.messages import (
 )
 from accord_shared.plan import Plan
 from accord_shared.quantize import encode
-from accord_shared.receipts import Head, Receipt
+from accord_shared.receipts import Receipt, Seen
 from accord_shared.secagg.keys import RunTerms
 from accord_shared.secagg.masking import Words
 from accord_shared.vectors import Vector, check_finite, check_length
@@ -235,7 +235,7 @@ class Site:
             return self._secured().mask(request.run_id, words, self._store.ledger.statement())
 
     def _shared(
-        self, request: MaskRequest, plan: Plan, spent: Releases, shares: NoiseShares, heads: Mapping[str, Head]
+        self, request: MaskRequest, plan: Plan, spent: Releases, shares: NoiseShares, heads: Mapping[str, Seen]
     ) -> Words:
         """The update under shared noise: each attempt has a sample and noise of its own, and is charged.
 
@@ -267,7 +267,7 @@ class Site:
         request: TrainRequest | MaskRequest,
         event: Event | None,
         update: Vector | None,
-        heads: Mapping[str, Head] | None = None,
+        heads: Mapping[str, Seen] | None = None,
     ) -> None:
         """Before the first byte leaves, durably. R11 with it: a peer's ledger that went back stops the release."""
         self._store.release(

@@ -20,7 +20,7 @@ from accord_client.ledger import Ledger
 from accord_shared.dp.events import Event
 from accord_shared.errors import PrivacyError
 from accord_shared.files import make_folder, write_atomic
-from accord_shared.receipts import Head, Receipt
+from accord_shared.receipts import Receipt, Seen
 from accord_shared.vectors import Vector
 
 __all__ = ["Releases", "SiteStore"]
@@ -105,7 +105,7 @@ class SiteStore:
         *,
         dataset: str = "default",
         run_id: str = "",
-        witnessed: Mapping[str, Head] | None = None,
+        witnessed: Mapping[str, Seen] | None = None,
     ) -> Releases:
         """Store the finished update (None: it is never sent again), then charge it; only after that may it be sent.
 

@@ -27,6 +27,8 @@ class Session:
     credential: bytes
     bundle: bytes
     """The newest that arrived."""
+    answered: bytes = b""
+    """The one that came with the newest answer to an enquiry."""
     known: dict[str, bytes] = field(default_factory=dict)
     """Sessions of the peers that this site was introduced to."""
     waiting: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
@@ -49,6 +51,8 @@ class Membership:
     def __init__(self, roster: Roster, witness: Witness | None = None) -> None:
         self._roster = roster
         self.witness = witness or Witness(roster)
+        self._stale = False
+        """Whether peers saw newer heads of ledgers than those in the bundles: all are asked for fresh ones."""
         self._rolled_back: dict[str, bytes] = {}
         """Sites to tell of the newest receipt that is known of them."""
         self._terms: RunTerms
@@ -70,6 +74,10 @@ class Membership:
         self._sessions.pop(name, None)
         self._lost.add(name)
 
+    def refresh(self) -> None:
+        """A site saw a newer ledger of a peer, in another run: everybody is asked for a fresh bundle."""
+        self._stale = True
+
     def told(self, name: str) -> None:
         """A site knows that its ledger went back: it is asked no further until it joins again."""
         self._rolled_back.pop(name, None)
@@ -81,6 +89,9 @@ class Membership:
             self._enter(terms, name, reply)
         fresh = sorted(name for name, session in self._sessions.items() if not session.ready)
         wanted: dict[str, Message] = dict.fromkeys(sorted(self._lost), enquiry)
+        if self._stale:
+            self._stale = False
+            wanted |= dict.fromkeys(sorted(self._sessions), enquiry)
         wanted |= {name: replace(enquiry, receipt=data) for name, data in sorted(self._rolled_back.items())}
         if terms.sparse and fresh:
             self.run_names = self.run_names or tuple(sorted(self._sessions))
@@ -111,6 +122,8 @@ class Membership:
         """Take in a new session, after its signatures; one that does not verify is asked no further."""
         session = self._sessions.get(name)
         current = session.credential if session is not None else self._refused.get(name)
+        if session is not None and current == joined.credential and session.answered != joined.bundle:
+            self._renew(terms, session, name, joined)
         if current == joined.credential or name in self._lost:
             return
         try:
@@ -130,7 +143,21 @@ class Membership:
             log.warning("%s is not taken in: %s", name, error)
             self._refused[name] = joined.credential
             return
-        self._sessions[name] = Session(id=credential.session, credential=joined.credential, bundle=joined.bundle)
+        self._sessions[name] = Session(
+            id=credential.session, credential=joined.credential, bundle=joined.bundle, answered=joined.bundle
+        )
+
+    def _renew(self, terms: RunTerms, session: Session, name: str, joined: Joined) -> None:
+        """A fresh bundle of a session that is known."""
+        session.answered = joined.bundle
+        try:
+            bundle = Bundle.read(joined.bundle, terms, self._roster.member(name))
+            self.witness.see(name, bundle.head, joined.receipt)
+        except (ProtocolError, LedgerRolledBack) as error:
+            log.warning("a bundle of %s is not taken: %s", name, error)
+            return
+        if bundle.session == session.id and bundle.generation > Bundle.parse(session.bundle).generation:
+            session.bundle = joined.bundle
 
     def _to_introduce(self, name: str) -> tuple[str, ...]:
         """Peers that `name` encapsulates to: whoever is ready, and of those that are as new the lesser names."""

@@ -21,6 +21,7 @@ from accord_shared.errors import (
     AccordError,
     BudgetExhausted,
     Interrupted,
+    LedgerBehind,
     LedgerRolledBack,
     ProtocolError,
     RoundOpened,
@@ -31,7 +32,7 @@ from accord_shared.plan import Plan
 from accord_shared.quantize import decode
 from accord_shared.roster import Roster
 from accord_shared.secagg.collector import Collector
-from accord_shared.secagg.keys import Attempt, Bundle, Credential, RunTerms
+from accord_shared.secagg.keys import Attempt, Credential, RunTerms
 from accord_shared.wire import payload_bytes
 
 log = logging.getLogger(__name__)
@@ -186,14 +187,19 @@ class SecureAggregation:
         """It has read what it was told, and has a new bundle."""
         session = self._membership[name]
         session.bundle = upload.next_bundle
-        try:
-            self._membership.witness.see(name, Bundle.parse(upload.next_bundle).head, upload.receipt)
-        except (LedgerRolledBack, ProtocolError) as error:
-            log.warning("the ledger of %s: %s", name, error)
+        if upload.receipt:
+            self._hear_receipt(name, upload.receipt)
         for peer, entry in told.items():
             session.known[peer] = Credential.session_of(entry[0])
             if session.waiting.get(peer) == entry:
                 del session.waiting[peer]
+
+    def _hear_receipt(self, name: str, receipt: bytes) -> None:
+        """A receipt that is not kept is no reason to lose an upload: the site's peers watch its ledger too."""
+        try:
+            self._membership.witness.hear(name, receipt)
+        except (LedgerRolledBack, ProtocolError) as error:
+            log.warning("the ledger of %s: %s", name, str(error))
 
 
 @dataclass
@@ -269,6 +275,8 @@ class _Trips:
             self.membership.lose(name)
         if failure.kind == LedgerRolledBack.__name__:
             self.membership.told(name)
+        if failure.kind == LedgerBehind.__name__:
+            self.membership.refresh()
 
 
 def _with_introductions(request: MaskRequest, waiting: Mapping[str, tuple[bytes, bytes]]) -> MaskRequest:

@@ -21,23 +21,35 @@ class Witness:
         self._receipts: dict[str, Receipt] = {}
 
     def see(self, name: str, head: Head, receipt: bytes = b"") -> None:
-        """Compare the head that a site signed with its newest receipt, and keep the receipt that came with it.
+        """Compare the head that a joining site signed with its newest receipt, and keep the receipt that came with it.
 
         Raises:
             LedgerRolledBack: the head is older than one that was seen, or another with the same number.
             ProtocolError: the receipt is not the site's, or of another head.
         """
+        self._compare(name, head)
+        if receipt and self.hear(name, receipt).seq < head.seq:
+            raise ProtocolError(f"a receipt that does not belong to the ledger of {name!r}")
+
+    def hear(self, name: str, receipt: bytes) -> Head:
+        """Keep a receipt that came with an upload; the head that it is of.
+
+        Raises:
+            LedgerRolledBack: it is older than one that was seen, or another with the same number.
+            ProtocolError: it is not the site's.
+        """
+        made = Receipt.from_json(receipt)
+        made.verify(self._roster.member(name))
+        if made.site != name:
+            raise ProtocolError(f"a receipt of {made.site!r} came from {name!r}")
+        self._compare(name, made.head)
+        self._receipts[name] = made
+        return made.head
+
+    def _compare(self, name: str, head: Head) -> None:
         known = self.head(name)
         if head.seq < known.seq or (head.seq == known.seq and head != known):
             raise LedgerRolledBack(f"the ledger of {name!r} went back to entry {head.seq}, entry {known.seq} was seen")
-        if not receipt:
-            return
-        made = Receipt.from_json(receipt)
-        made.verify(self._roster.member(name))
-        if made.site != name or made.seq < head.seq or (made.seq == head.seq and made.head != head):
-            raise ProtocolError(f"a receipt that does not belong to the ledger of {name!r}")
-        if made.seq > known.seq:
-            self._receipts[name] = made
 
     def head(self, name: str) -> Head:
         """The newest head that was seen with a receipt."""

@@ -89,6 +89,10 @@ class SessionLost(ProtocolError):
     """This process has no secrets of the run (it restarted): the site has to join again."""
 
 
+class LedgerBehind(ProtocolError):
+    """What a peer signed of its privacy ledger is older than what this site saw of it, or another past."""
+
+
 class RoundOpened(ProtocolError):
     """This site helped to open a sum of this round: a second one would tell more than a sum."""
 
@@ -126,6 +130,7 @@ REFUSALS: dict[str, type[AccordError]] = {
         UnsupportedLayer,
         ProtocolError,
         SessionLost,
+        LedgerBehind,
         RoundOpened,
         NonFinite,
         DataError,

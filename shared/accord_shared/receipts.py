@@ -36,6 +36,14 @@ NO_LEDGER = Head()
 """Of a site that has not written anything yet."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A head that a site signed in one of its sessions (16 bytes; a run in one process)."""
+
+    session: bytes
+    head: Head
+
+
 class Receipt(Table):
     """Signed by a site: its ledger's newest entry, and what was spent until then, sealed for itself."""
 

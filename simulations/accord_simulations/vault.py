@@ -24,7 +24,7 @@ from accord_shared.files import make_folder, write_atomic
 from accord_shared.identity import SEED, Identity
 from accord_shared.messages import MaskedUpload, MaskRequest, Message, Opened, OpenRequest, Refusal
 from accord_shared.plan import Plan
-from accord_shared.receipts import Head
+from accord_shared.receipts import Seen
 from accord_shared.roster import Roster, SignedRoster, sign_roster
 from accord_shared.secagg.keys import RunTerms
 from accord_shared.secagg.masking import Words
@@ -151,9 +151,9 @@ class VaultMembers:
         reply: Message = self._call("answer", request)
         return reply
 
-    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Head]:
+    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Seen]:
         """Trip 1, before training; the weights stay here."""
-        heads: dict[str, Head] = self._call("accept", replace(request, weights=_EMPTY), model_hash)
+        heads: dict[str, Seen] = self._call("accept", replace(request, weights=_EMPTY), model_hash)
         return heads
 
     def mask(self, run_id: str, words: Words, ledger: Statement) -> MaskedUpload:

@@ -1,1 +1,1 @@
-"""The privacy conformance suite: `suite` checks any per-unit gradient, `lab` runs sites to be checked."""
+"""The privacy conformance suite on sites: `lab` and `secure_lab` run sites to be checked."""

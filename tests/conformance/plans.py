@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from accord_client.conformance import Indices
 from accord_client.data import Examples
 from accord_client.features import FeatureCache, TokenBatches
 from accord_client.models import EncoderModel
 from accord_client.trainer import Runtime
 from accord_client.workspace import Workspace
 from accord_shared.plan import Plan
-from conformance.suite import Indices
 
 TEXTS = (
     "where is my card",

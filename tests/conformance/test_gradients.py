@@ -11,11 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from accord_client.gradients import GradientTape
-from accord_shared.errors import PrivacyError, UnsupportedLayer
-from accord_shared.plan import Plan
-from conformance.plans import PlanSubject, save_tiny_bert
-from conformance.suite import (
+from accord_client.conformance import (
     ModuleSubject,
     Violation,
     check_all,
@@ -26,6 +22,10 @@ from conformance.suite import (
     exact_gradient,
     record,
 )
+from accord_client.gradients import GradientTape
+from accord_shared.errors import PrivacyError, UnsupportedLayer
+from accord_shared.plan import Plan
+from conformance.plans import PlanSubject, save_tiny_bert
 from conftest import plan_of
 
 ALL_LINEAR = ["query", "key", "value", "dense"]

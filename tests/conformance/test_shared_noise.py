@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from accord_client.conformance import Violation, check_shared_noise
 from accord_server.aggregation import Aggregate
 from accord_shared.dp.accounting import epsilon, plan_epsilon
+from accord_shared.dp.discrete import DiscreteGaussian
 from accord_shared.dp.noise import SecureGenerator
+from accord_shared.dp.sharing import NoiseShares
 from accord_shared.messages import Message, OpenRequest, Refusal, SurvivorsRequest
 from accord_shared.plan import Plan
 from conformance.federation import TRIPS
@@ -268,3 +272,57 @@ def _last_replies(lab: SecureLab) -> list[Message]:
 
 def test_trips_are_those_of_the_protocol() -> None:
     assert set(TRIPS.values()) == {1, 2, 3}
+
+
+# --- the reusable check, and what it must refuse
+
+
+def test_the_suite_accepts_plans_and_refuses_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, source = cohort_plan(cohort__colluders=1), SecureGenerator(bytes(32))
+    check_shared_noise(plan, 29_568, generator=source)
+    for broken, patch in BROKEN.items():
+        with monkeypatch.context() as patched:
+            patch(patched)
+            assert _violates(plan, source), f"not noticed: {broken}"
+
+
+def _violates(plan: Plan, source: SecureGenerator) -> bool:
+    try:
+        check_shared_noise(plan, 29_568, generator=source)
+    except Violation:
+        return True
+    return False
+
+
+def _half_the_noise(patched: pytest.MonkeyPatch) -> None:
+    whole = DiscreteGaussian.add
+
+    def add(self: DiscreteGaussian, words: Any, seed: bytes, *, negative: bool = False) -> None:
+        whole(DiscreteGaussian(max(self.variance / 4, Fraction(9))), words, seed, negative=negative)
+
+    patched.setattr(DiscreteGaussian, "add", add)
+
+
+def _no_base(patched: pytest.MonkeyPatch) -> None:
+    patched.setattr(DiscreteGaussian, "add", lambda *_, **__: None)
+
+
+def _static_share(patched: pytest.MonkeyPatch) -> None:
+    patched.setattr(NoiseShares, "kept", lambda self, survivors: ())
+
+
+def _no_colluders(patched: pytest.MonkeyPatch) -> None:
+    patched.setattr(NoiseShares, "share", lambda self, survivors: Fraction(self.variance) / survivors)
+
+
+def _one_seed(patched: pytest.MonkeyPatch) -> None:
+    patched.setattr(SecureGenerator, "uint64", lambda self, count: np.arange(count, dtype=np.uint64))
+
+
+BROKEN = {
+    "noise / 2": _half_the_noise,
+    "no base noise": _no_base,
+    "a static share": _static_share,
+    "colluders forgotten": _no_colluders,
+    "the same noise twice": _one_seed,
+}

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from accord_shared.errors import Interrupted
 from accord_shared.plan import Plan
 from accord_simulations.audit import canaries as audit_module
 from accord_simulations.audit.federation import Release
+from accord_simulations.scenario import split_changes
 from audits import SMALL, drop_clipping, drop_noise, fix_noise, halve_noise, run_audit
 
 
@@ -89,3 +91,19 @@ def test_an_update_is_the_others_and_member_canaries_at_clip_norm_and_noise_and_
     run_audit(tmp_path, features, 8.0, {**SMALL, "run.rounds": 2, "privacy.noise": "site"}, count=2000)
     assert len(left) == 2 * 4
     assert max(left) < 1e-3
+
+
+def test_a_wish_to_stop_ends_it_at_the_next_round(tmp_path: Path, features: Path) -> None:
+    done: list[int] = []
+    scenario, changes = split_changes("bank-demo", {**SMALL, "privacy.noise": "cohort"})
+    with pytest.raises(Interrupted):
+        audit_module.audit_canaries(
+            scenario,
+            changes,
+            tmp_path,
+            count=400,
+            cache=features,
+            on_round=lambda number, _: done.append(number),
+            stopping=lambda: len(done) == 2,
+        )
+    assert done == [1, 2]

@@ -28,6 +28,7 @@ from accord_client.receipts import Receipt
 from accord_shared.dp.accounting import epsilon
 from accord_shared.dp.events import Event, SampledGaussian, SharedGaussian
 from accord_shared.errors import (
+    LedgerBehind,
     LedgerDamaged,
     LedgerRolledBack,
     LimitReached,
@@ -36,7 +37,7 @@ from accord_shared.errors import (
     ProtocolError,
 )
 from accord_shared.identity import Identity
-from accord_shared.receipts import NO_LEDGER, Head
+from accord_shared.receipts import NO_LEDGER, Head, Seen
 
 PLAN, OTHER, THIRD = "a" * 64, "b" * 64, "c" * 64
 SITE_NOISE = SampledGaussian(2.0, 0.5, 3)
@@ -787,23 +788,48 @@ def test_a_receipt_is_small_and_its_size_tells_little(ledger: Ledger) -> None:
 # --- peers
 
 
+def seen(number: int, fill: int = 1, session: int = 0) -> Seen:
+    return Seen(bytes([session]) * 16, Head(number, bytes([fill]) * 32))
+
+
 def test_a_peer_that_went_back_or_forked_is_refused(ledger: Ledger) -> None:
-    one, two = Head(5, b"\x01" * 32), Head(7, b"\x02" * 32)
+    one, two = seen(5), seen(7, 2)
     ledger.witness({"b": one, "c": one})
     ledger.witness({"b": two})
     ledger.witness({"b": two})
-    for worse in (one, Head(7, b"\x03" * 32), NO_LEDGER, Head(2**60, b"\x03" * 32)):
+    for worse in (one, seen(7, 3), Seen(bytes(16), NO_LEDGER), seen(2**60, 3)):
         with pytest.raises(ProtocolError, match="the ledger of 'b'"):
             ledger.witness({"d": two, "b": worse})
-    assert ledger.witnessed() == {"b": two, "c": one}
+    assert ledger.witnessed() == {"b": two.head, "c": one.head}
+
+
+def test_sessions_that_overlap_may_lag_and_a_new_one_may_not(ledger: Ledger) -> None:
+    """Two runs of one peer: each signs its head when it uploads, and is shown at its own next round."""
+    ledger.witness({"b": seen(5, 1, session=1)})
+    ledger.witness({"b": seen(6, 2, session=2)})
+    ledger.witness({"b": seen(9, 3, session=1)})
+    ledger.witness({"b": seen(8, 4, session=2)})  # behind the other session, not behind itself
+    for back in (seen(7, 5, session=2), seen(8, 5, session=2), seen(8, 4, session=3), seen(9, 4, session=3)):
+        with pytest.raises(LedgerBehind):
+            ledger.witness({"b": back})
+    ledger.witness({"b": seen(9, 3, session=3)})
+
+
+def test_only_the_sessions_that_came_furthest_are_remembered(ledger: Ledger, folder: Path) -> None:
+    for number in range(1, 60):
+        ledger.witness({"b": seen(number, session=number)})
+    with pytest.raises(LedgerBehind):
+        ledger.witness({"b": seen(58, session=1)})
+    rows = sqlite3.connect(folder / "ledger.db")
+    assert rows.execute("SELECT count(*) FROM witnessed").fetchone() == (chain.MOST_SESSIONS,)
+    rows.close()
 
 
 def test_a_release_and_its_witnesses_are_one_step(ledger: Ledger, folder: Path) -> None:
-    seen = Head(5, b"\x01" * 32)
-    release(ledger, step(1), witnessed={"b": seen})
+    release(ledger, step(1), witnessed={"b": seen(5)})
     with pytest.raises(ProtocolError):
-        release(ledger, step(2), witnessed={"a": seen, "b": Head(4, b"\x02" * 32)})
-    assert Ledger(folder).witnessed() == {"b": seen}
+        release(ledger, step(2), witnessed={"a": seen(5), "b": seen(4, 2)})
+    assert Ledger(folder).witnessed() == {"b": seen(5).head}
     assert Ledger(folder).releases(PLAN).rounds == 1
 
 

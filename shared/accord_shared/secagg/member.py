@@ -30,7 +30,7 @@ from accord_shared.messages import (
     SurvivorsSigned,
 )
 from accord_shared.quantize import pack
-from accord_shared.receipts import NO_LEDGER, Head
+from accord_shared.receipts import NO_LEDGER, Head, Seen
 from accord_shared.roster import Roster
 from accord_shared.secagg import shamir
 from accord_shared.secagg.dealing import dealt, opened_part
@@ -139,6 +139,12 @@ class Member:
 
     # Joining a run (section 6)
 
+    def tell_ledger(self, head: Head) -> None:
+        """A fresh bundle where the site's ledger went on (another run's releases): peers may have seen it."""
+        if head != self._head:
+            self._head = head
+            self._renew()
+
     def choose(self, request: NeighbourRequest) -> Neighbours:
         """Choose the neighbours of a sparse graph, once per session (section 9).
 
@@ -180,7 +186,7 @@ class Member:
 
     # Trip 1
 
-    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Head]:
+    def accept(self, request: MaskRequest, model_hash: str) -> dict[str, Seen]:
         """Check a request (R1 to R5) and derive the attempt's keys; the site trains after it.
 
         `model_hash` is of the weights that the site received; the request's own weights are not looked at. Returns the
@@ -217,7 +223,8 @@ class Member:
             holders=self._holders(request.cohort, own, partners),
             pairs={index: self._pair(attempt, own, index, private) for index in partners},
         )
-        return {request.cohort[index]: Bundle.parse(request.bundles[index]).head for index in partners}
+        bundles = {request.cohort[index]: Bundle.parse(request.bundles[index]) for index in partners}
+        return {name: Seen(bundle.session, bundle.head) for name, bundle in bundles.items()}
 
     def mask(self, words: Words, head: Head = NO_LEDGER, *, threads: int = 1) -> MaskedUpload:
         """Mask the encoded update `words` [d] (consumed), deal and seal the shares. `head` is of the site's ledger now.

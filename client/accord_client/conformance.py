@@ -1,14 +1,19 @@
-"""What every per-unit gradient must satisfy, checked on any model: bring a `Subject`, call the checks.
+"""The privacy conformance suite, for any task: what per-unit gradients and shared noise must satisfy.
+
+Bring a `Subject` (a model, a loss, records that belong to units) and a plan, call the checks in your own tests:
 
     def test_my_task() -> None:
         check_all(lambda: MySubject())
+        check_shared_noise(my_plan, dimension=29_568)
 
-A check raises `Violation` with what it measured. Tolerances are relative to the norm at hand. References are
-computed in fp64, unit by unit, by plain autograd: nothing is shared with what is checked.
+A check raises `Violation` with what it measured. Tolerances are relative to the norm at hand, or in standard errors.
+References are computed in fp64, unit by unit, by plain autograd: nothing is shared with what is checked. Statistical
+checks must tell a wrong σ too: `check_sigma` fails where the sample could not reject 2/3 and 3/2 of what is promised.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from accord_client.gradients import Clipped, GradientTape
+from accord_shared.dp.accounting import noise_multiplier
+from accord_shared.dp.discrete import ROUNDING_VARIANCE
+from accord_shared.dp.noise import SecureGenerator
+from accord_shared.dp.sharing import NoiseShares
+from accord_shared.plan import Plan
+from accord_shared.quantize import decode, encode
 
 Indices = npt.NDArray[np.int64]
 
@@ -27,6 +38,12 @@ ROUNDING = 2e-4
 
 SCALES = (1e-30, 1e-12, 1e-4, 1.0, 1e4, 1e12, 1e17, 1e25)
 """What adversarial records multiply their loss by."""
+
+
+STANDARD_ERRORS = 5.0
+"""A right σ is refused once in two million checks."""
+
+_SAMPLED = 20_000
 
 
 class Violation(AssertionError):
@@ -86,7 +103,7 @@ def record(
     rows, places = rows_of(subject, units)
     recorder = tape(subject.module)
     with recorder.recording(torch.from_numpy(places), len(units)):
-        (subject.loss(rows) * scale).backward()
+        (subject.loss(rows) * scale).backward()  # type: ignore[no-untyped-call]
     gradients = recorder.per_unit_gradients()
     leading = tuple(
         int(buffer.shape[0])
@@ -209,3 +226,52 @@ class ModuleSubject:
         index = torch.from_numpy(rows)
         scores: Any = module(inputs[index])
         return nn.functional.cross_entropy(scores, self.labels[index], reduction="sum")
+
+
+# --- noise
+
+
+def variance_accepts(values: npt.NDArray[Any], sigma: float) -> bool:
+    """Whether Σ(x/σ)² of zero-mean `values` [n] lies within the chi-square's standard errors, √(2/n)."""
+    scaled = np.square(np.asarray(values, dtype=np.float64) / sigma).mean()
+    return bool(abs(scaled - 1.0) <= STANDARD_ERRORS * math.sqrt(2.0 / len(values)))
+
+
+def check_sigma(values: npt.NDArray[Any], sigma: float) -> None:
+    """Item 7: noise-only `values` [n] fit `sigma`, and do not fit 2/3 or 3/2 of it."""
+    found = float(np.sqrt(np.square(np.asarray(values, dtype=np.float64)).mean()))
+    require(variance_accepts(values, sigma), f"noise of standard deviation {found:.5g}, promised {sigma:.5g}")
+    for wrong in (sigma * 2 / 3, sigma * 3 / 2):
+        require(not variance_accepts(values, wrong), f"{len(values)} values cannot tell {sigma:.5g} from {wrong:.5g}")
+
+
+def check_shared_noise(plan: Plan, dimension: int, *, generator: SecureGenerator | None = None) -> None:
+    """Items 6, 8 and 9 for a plan under shared noise, of vectors of `dimension` [d] (at most 20,000 are sampled).
+
+    For every number of survivors: what they keep adds up to the promise, by arithmetic and by samples of the very code
+    that sites run; two sites and two attempts share nothing; all sums fit the modulus.
+    """
+    shares = NoiseShares.of(plan, dimension, noise_multiplier(plan))
+    source = generator or SecureGenerator()
+    promised = (shares.multiplier * shares.delta_steps) ** 2
+    for survivors in range(shares.minimum, shares.sites + 1):
+        kept = ROUNDING_VARIANCE + shares.base + sum(shares.components[index] for index in shares.kept(survivors))
+        total = float(kept) * (survivors - shares.colluders)
+        require(total >= promised, f"{survivors} survivors keep a variance of {total:.6g}, promised {promised:.6g}")
+    require(shares.limit < 1 << (shares.bits - 1), f"sums up to {shares.limit} wrap in {shares.bits} bits")
+    sample = NoiseShares.of(plan, min(dimension, _SAMPLED), shares.multiplier)
+    one, two = (_noise_of(sample, source) for _ in range(2))
+    for survivors in (sample.minimum, sample.sites):
+        kept_parts = [0, *(1 + index for index in sample.kept(survivors))]
+        variance = sample.base + ROUNDING_VARIANCE + sum(sample.components[index] for index in sample.kept(survivors))
+        check_sigma(np.sum([one[part] for part in kept_parts], axis=0), math.sqrt(float(variance)))
+    apart = abs(float(np.corrcoef(one[0], two[0])[0, 1]))
+    require(apart <= STANDARD_ERRORS / math.sqrt(len(one[0])), f"two samples of noise correlate by {apart:.3g}")
+
+
+def _noise_of(shares: NoiseShares, source: SecureGenerator) -> list[npt.NDArray[np.float64]]:
+    """Base (with rounding) and components of one site's zero update, in steps."""
+    base = decode(encode(np.zeros(shares.dimension), shares, source), shares, shares.sites) * shares.scale
+    seeds = [source.uint64(4).tobytes() for _ in shares.components]
+    parts = zip(shares.component_noise, seeds, strict=True)
+    return [base, *(noise.sample(seed, shares.dimension).astype(np.float64) for noise, seed in parts)]
