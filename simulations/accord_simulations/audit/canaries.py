@@ -108,12 +108,12 @@ def audit_canaries(
     members = _plant(workspace, prepared.population.participants, canaries)
     others = {part.name: known_records(workspace, part.train) for part in prepared.population.participants}
     auditor = Auditor(plan, canaries, others)
-    attacked = Attacked.make(plan, workspace, prepared.work, members, stopping)
+    attacked = Attacked.make(plan, workspace, prepared.work, members)
     coordinator = Coordinator(
         plan,
         RUN_ID,
         workspace.initial(),
-        aggregation=Recorder(attacked.aggregation, auditor.see),
+        aggregation=Recorder(attacked.aggregation, auditor.see, stopping),
         observer=lambda report, _: on_round(report.round, plan.run.rounds),
     )
     weights = coordinator.run(attacked.exchange)

@@ -65,7 +65,6 @@ class Attacked:
         workspace: Workspace,
         work: WorkFolder,
         members: Sequence[tuple[str, Examples]],
-        stopping: Callable[[], bool] = lambda: False,
     ) -> Attacked:
         """Start the sites and let them join.
 
@@ -76,8 +75,7 @@ class Attacked:
         names = tuple(name for name, _ in members)
         roster = SimulatedRoster.make(plan, names) if secured else None
         handlers = {
-            name: _stoppable(_site(plan, workspace, work, index, members[index], roster).handle, stopping)
-            for index, name in enumerate(names)
+            name: _site(plan, workspace, work, index, members[index], roster).handle for index, name in enumerate(names)
         }
         accepted = roster.signed.roster if roster is not None else None
         exchange = LocalExchange(
@@ -91,16 +89,17 @@ class Attacked:
             aggregation = SecureAggregation(plan, accepted, dimension, work.noise_multiplier)
         return Attacked(plan, exchange, aggregation)
 
-    def first_round(self, weights: Vector) -> Release:
+    def first_round(self, weights: Vector, stopping: Callable[[], bool] = lambda: False) -> Release:
         """The release of the first round at `weights` [P], for attacks on a single one.
 
         Raises:
             RoundAborted: a site did not finish.
+            Interrupted: asked to stop.
         """
         seen: list[Release] = []
         request = TrainRequest(PROTOCOL_VERSION, RUN_ID, self.plan.hash, 1, 1, weights)
         sites = tuple(self.exchange.sites())
-        aggregate = Recorder(self.aggregation, seen.append).collect(request, sites, self.exchange)
+        aggregate = Recorder(self.aggregation, seen.append, stopping).collect(request, sites, self.exchange)
         if len(aggregate.survivors) != len(sites):
             raise RoundAborted("; ".join(aggregate.failures.values()) or "no sum was opened")
         return seen[0]
@@ -128,24 +127,23 @@ def _site(
     )
 
 
-def _stoppable(handler: Callable[[Message], Message], stopping: Callable[[], bool]) -> Callable[[Message], Message]:
-    def handle(message: Message) -> Message:
-        if stopping():
-            raise Interrupted("asked to stop")
-        return handler(message)
-
-    return handle
-
-
 class Recorder:
     """An `Aggregation` that shows each round's release to `watch`, and changes nothing."""
 
-    def __init__(self, inner: Aggregation, watch: Callable[[Release], None]) -> None:
+    def __init__(
+        self, inner: Aggregation, watch: Callable[[Release], None], stopping: Callable[[], bool] = lambda: False
+    ) -> None:
         self.trips = inner.trips
-        self._inner, self._watch = inner, watch
+        self._inner, self._watch, self._stopping = inner, watch, stopping
 
     def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
-        """As the inner aggregation's."""
+        """As the inner aggregation's.
+
+        Raises:
+            Interrupted: asked to stop.
+        """
+        if self._stopping():
+            raise Interrupted("asked to stop: an audit keeps nothing of an unfinished run")
         listening = _Listening(exchange)
         aggregate = self._inner.collect(request, cohort, listening)
         sums: tuple[tuple[tuple[str, ...], Array], ...] = ((aggregate.survivors, aggregate.total),)

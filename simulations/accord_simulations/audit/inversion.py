@@ -269,8 +269,8 @@ class _Laboratory:
             members.append((name, examples))
         with tempfile.TemporaryDirectory(dir=self.prepared.work.root) as folder:
             work = replace(self.prepared.work, root=Path(folder), noise_multiplier=noise_multiplier(self.plan))
-            attacked = Attacked.make(self.plan, self.workspace, work, members, self.stopping)
-            release = attacked.first_round(self._weights.ravel())
+            attacked = Attacked.make(self.plan, self.workspace, work, members)
+            release = attacked.first_round(self._weights.ravel(), self.stopping)
         held = dict(zip(self.sites, batches, strict=True))
         for sites, total in release.sums:
             gradients = gradient_sum(self.plan, total, self._weights.shape)
