@@ -124,8 +124,7 @@ def _attack(out: Path | None, unit: str) -> Iterator[tuple[Path, Callable[[int, 
 
 
 def _readable_canaries(summary: dict[str, Any]) -> str:
-    refuted = summary["epsilon_lower_bound"] > summary["epsilon_claimed"]
-    verdict = "REFUTED: the run leaks more than it claims" if refuted else "not refuted"
+    verdict = "REFUTED: the run leaks more than it claims" if summary["refuted"] else "not refuted"
     return "\n".join(
         [
             f"{summary['scenario']}: {summary['canaries']:,} canaries in {summary['participants']} sites, "

@@ -4,7 +4,7 @@ A linear head's update is Σ r xᵀ over the records of a batch: its row space i
 takes the leading right singular vectors, as many as the batch has records: for one record that is the feature vector
 itself, up to its sign. Of 1,000 candidates it names the one that lies closest to that space (for a batch this is
 subspace matching; Schmidt 1986, "MUSIC"). It needs neither labels nor weights, and works wherever residuals are not
-parallel.
+parallel: of a batch larger than the number of classes less one, a part of the space is all that an update shows.
 
 On the private sum the attacker also knows all records of all other sites and takes them away. A second attack is
 tried there, the best that is possible against one record in Gaussian noise: by likelihood, from each candidate's own
