@@ -189,9 +189,11 @@ class Auditor:
     """Adds up, round by round, the inner product of what is released with each canary's clipped gradient.
 
     Canaries are so near to orthogonal that solving for all of them together (least squares on their Gram matrix) would
-    take three per cent off the scores' spread, and is left out. Before it adds, it takes away what it knows: the other records' sum, and half of every canary. Two directions are left
-    out of each sum altogether, those of the other records' gradients with and without clipping, so that scores do not
-    drown where a mechanism fails to clip.
+    take a few per cent off the scores' spread, and is left out.
+
+    Before it adds, it takes away what it knows: the other records' sum, and half of every canary. Two directions are
+    left out of each sum altogether, those of the other records' gradients with and without clipping, so that scores do
+    not drown where a mechanism fails to clip.
     """
 
     def __init__(self, plan: Plan, canaries: Canaries, others: Mapping[str, Records]) -> None:
