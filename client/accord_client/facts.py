@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from accord_shared import PROTOCOL_VERSION
-from accord_shared.dp.accounting import noise_multiplier
+from accord_shared.dp.accounting import epsilon, noise_multiplier, round_event
+from accord_shared.dp.sharing import WRAP_BITS, NoiseShares
 from accord_shared.identity import ED25519_SIGNATURE
 from accord_shared.messages import TrainReply, TrainRequest
 from accord_shared.plan import Plan
@@ -40,25 +41,43 @@ def secure_facts(plan: Plan, dimension: int) -> dict[str, Any]:
     """What secure aggregation makes of a plan whose model has `dimension` trainable parameters.
 
     Bytes are those of PROTOCOL.md, section 12, for a whole cohort of which `cohort.minimum` sites survive; in a sparse
-    graph with twice the degree of mask partners, as is expected.
+    graph with twice the degree of mask partners, as is expected; without the receipt of the site's ledger (about 4 kB).
     """
     terms = RunTerms.of(plan, "0" * 16, "0" * 64, dimension, noise_multiplier(plan))
     rule = terms.thresholds(plan.cohort.size)
     cohort, holders = plan.cohort.size, rule.degree or plan.cohort.size - 1
     partners = min(2 * (rule.degree or cohort), cohort - 1)
-    blob = map_bytes(cohort) + SHARE_BYTES * (1 + partners) + TAG_BYTES
+    blob = map_bytes(cohort) + SHARE_BYTES * (1 + partners + terms.components) + TAG_BYTES
     opened = SHARE_BYTES * (holders + 1) * (1 + partners * (cohort - plan.cohort.minimum) // cohort)
     up = packed_bytes(terms.bits, terms.dimension) + TAG_BYTES + BUNDLE_BYTES + holders * blob + opened
     certificate = (4 + ED25519_SIGNATURE) * rule.sign if terms.mode == "malicious" else 0
     down = 4 * dimension + 32 + BUNDLE_BYTES * cohort + 8 * cohort + certificate + holders * blob
-    return {
+    facts: dict[str, Any] = {} if terms.noise is None else noise_facts(plan, terms.noise)
+    return facts | {
         "upload_bytes_per_site_round": up,
         "download_bytes_per_site_round": down,
         "signatures_needed": rule.sign if terms.mode == "malicious" else None,
         "shares_needed": rule.share,
         "neighbours": rule.degree or "all",
         "coordinate_bound": terms.bound,
-        "wrap_probability": 0.0,  # section 11: clamped coordinates of all sites fit into the modulus
+        # Section 11: clamped coordinates of all sites fit into the modulus; section 13: noise after the clamp may not.
+        "wrap_probability": 0.0 if terms.noise is None else 2.0**-WRAP_BITS,
+    }
+
+
+def noise_facts(plan: Plan, shares: NoiseShares) -> dict[str, Any]:
+    """How the sites of a plan share its noise (PROTOCOL.md, section 13), and the second ε."""
+    event = round_event(plan, shares.multiplier, shares.own_multiplier)
+    all_collude = epsilon(
+        [event] * plan.releases if event else [], plan.privacy.delta, plan.privacy.accountant, colluding=True
+    )
+    return {
+        "epsilon_all_collude": all_collude,
+        "own_noise_multiplier": shares.own_multiplier,
+        "noise_components": len(shares.components),
+        "grid_steps_per_clip_norm": shares.steps,
+        "modulus_bits": shares.bits,
+        "noise_excess": shares.excess,
     }
 
 

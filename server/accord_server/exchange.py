@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from accord_shared.errors import AccordError
+from accord_shared.errors import AccordError, Interrupted
 from accord_shared.messages import Enquiry, Joined, Message, Refusal
 
 
@@ -76,6 +76,8 @@ class LocalExchange:
         for site, request in requests.items():
             try:
                 reply = self._handlers[site](request)
+            except Interrupted:
+                raise
             except AccordError as error:
                 reply = Refusal.of(error)
             if isinstance(reply, Joined):

@@ -51,7 +51,7 @@ class Membership:
     def __init__(self, roster: Roster, witness: Witness | None = None) -> None:
         self._roster = roster
         self.witness = witness or Witness(roster)
-        self._stale = False
+        self.stale = False
         """Whether peers saw newer heads of ledgers than those in the bundles: all are asked for fresh ones."""
         self._rolled_back: dict[str, bytes] = {}
         """Sites to tell of the newest receipt that is known of them."""
@@ -76,21 +76,25 @@ class Membership:
 
     def refresh(self) -> None:
         """A site saw a newer ledger of a peer, in another run: everybody is asked for a fresh bundle."""
-        self._stale = True
+        self.stale = True
 
     def told(self, name: str) -> None:
         """A site knows that its ledger went back: it is asked no further until it joins again."""
         self._rolled_back.pop(name, None)
 
-    def requests(self, terms: RunTerms, joined: Mapping[str, Joined], enquiry: Enquiry) -> dict[str, Message]:
-        """What brings the sites that are not ready one trip further."""
+    def take_in(self, terms: RunTerms, joined: Mapping[str, Joined]) -> None:
+        """Read the newest answers to the enquiry: new sessions, fresh bundles."""
         self._terms = terms
         for name, reply in joined.items():
             self._enter(terms, name, reply)
+
+    def requests(self, terms: RunTerms, joined: Mapping[str, Joined], enquiry: Enquiry) -> dict[str, Message]:
+        """What brings the sites that are not ready one trip further."""
+        self.take_in(terms, joined)
         fresh = sorted(name for name, session in self._sessions.items() if not session.ready)
         wanted: dict[str, Message] = dict.fromkeys(sorted(self._lost), enquiry)
-        if self._stale:
-            self._stale = False
+        if self.stale:
+            self.stale = False
             wanted |= dict.fromkeys(sorted(self._sessions), enquiry)
         wanted |= {name: replace(enquiry, receipt=data) for name, data in sorted(self._rolled_back.items())}
         if terms.sparse and fresh:

@@ -119,9 +119,10 @@ class SecureAggregation:
         """The cohort's sites that are ready; waits for introductions only where too few are."""
         able = [name for name in cohort if name not in self._exhausted]
         for _ in range(_JOINING_TRIPS):
-            ready = self._membership.ready(able)
-            if len(ready) >= self._terms.minimum or not trips.join():
+            enough = len(self._membership.ready(able)) >= self._terms.minimum
+            if (enough and not self._membership.stale) or not trips.join():
                 break
+        self._membership.take_in(self._terms, trips.exchange.joined)
         return self._membership.ready(able)
 
     def _begin(self, request: TrainRequest, members: tuple[str, ...]) -> Attempt:

@@ -75,9 +75,11 @@ def _facts(plan: Any) -> dict[str, Any]:
         "plan_hash": plan.hash,
         "noise": plan.privacy.noise,
         "noise_multiplier": noise_multiplier(plan) or None,
+        "releases_per_site": plan.releases,
         "steps": plan.steps,
         "epsilon_per_round": plan_epsilon(plan, 1),
-        "epsilon_total": plan_epsilon(plan, plan.rounds_per_site),
+        "epsilon_total": plan_epsilon(plan, plan.releases),
+        "epsilon_all_collude": plan_epsilon(plan, plan.releases, colluding=True),
         "delta": plan.privacy.delta,
         **dict.fromkeys(_CLIENT_FACTS),
     }

@@ -22,7 +22,8 @@ from accord_shared.secagg.thresholds import COMPLETE_MAX, SMALL_MAX, signatures,
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(ge=1e-12, le=1)]
+"""Of Poisson sampling. Far below, accountants lose all digits."""
 Depth = Literal["head", "lora", "full"]
 Noise = Literal["none", "site", "cohort", "participant"]
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from accord_client import site as site_module
+from accord_client.chain import Writing
 from accord_client.members import MOST_RUNS, LocalMembers
 from accord_client.site import Site
 from accord_client.store import SiteStore
@@ -47,6 +48,9 @@ LATER = Removal(
 )
 PRESENT = Removal(
     Site, "_open", "if (request.round, request.attempt) != (spent.last_round, spent.last_attempt):", "if False:"
+)
+BEHIND = Removal(
+    Writing, "witness", "if head.seq < before.seq or (head.seq == before.seq and head != before):", "if False:"
 )
 PLAN_SIZE = Removal(RunTerms, "thresholds", ", self.size)", ")")
 ROSTER_MINIMUM = Removal(
@@ -297,7 +301,7 @@ REPLAYS = [
     Replay(two_runs_of_one_plan, ProtocolError, "R2: ", (PRESENT,)),
     Replay(two_runs_one_opened_first, ProtocolError, "R2: ", (PRESENT,)),
     Replay(two_runs_each_opened_by_one_half, ProtocolError, "R2: ", (PRESENT,), QUORUMS),
-    Replay(attempts_backwards_after_a_restart, ProtocolError, "R2: ", (LATER, PRESENT), QUORUMS),
+    Replay(attempts_backwards_after_a_restart, ProtocolError, "R2: ", (LATER, PRESENT, BEHIND), QUORUMS),
     Replay(rerun_without_one, RoundOpened, "was opened", (OPENED,)),
     Replay(another_first_cohort, ProtocolError, "R2: a further attempt", (FIRST_COHORT,), SUBSETS, wins=False),
 ]

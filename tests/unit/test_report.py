@@ -58,13 +58,14 @@ def make_round(number: int, members: int, epsilon: float | None) -> RoundResult:
         download_bytes=members * 121_000,
         stage_s={"train": 0.8, "aggregate": 0.3, "score": 0.1, "other": 0.02},
         aborted_attempts=int(number == 3),
+        trips=3,
     )
 
 
 def make_participant(number: int, epsilon: float | None) -> ParticipantResult:
     score = {} if number % 17 == 5 else {"accuracy": 0.8 + (number * 37 % 20) / 100}
     alone = {"accuracy": 0.5 + (number * 53 % 20) / 100}
-    return ParticipantResult(f"Bank {number}", 300 + number, 5, epsilon, score, alone)
+    return ParticipantResult(f"Bank {number}", 300 + number, 5, epsilon, score, epsilon and 4 * epsilon, alone)
 
 
 def make_result(members: int = 12, rounds: int = 5, noise: str = "cohort", **changes: Any) -> SimulationResult:

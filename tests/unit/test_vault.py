@@ -59,7 +59,7 @@ def test_each_participant_has_the_identity_of_its_name(roster: SimulatedRoster) 
 
     held = vault(roster)
     for index, name in enumerate(NAMES):
-        credential, _ = held.call(index, "join", terms(roster))
+        credential, _, _ = held.call(index, "join", terms(roster))
         Credential.read(credential, terms(roster), roster.signed.roster.member(name))
         for other in NAMES[:index]:
             with pytest.raises(ProtocolError):

@@ -143,3 +143,17 @@ def test_the_head_is_signed_into_every_bundle(lab: SecureLab) -> None:
     bundle[16 + 4 + 32 + 7] ^= 1
     with pytest.raises(ProtocolError):
         Bundle.read(bytes(bundle), lab.terms, lab.roster.member(name))
+
+
+def test_two_runs_of_the_same_sites_may_overlap(lab: SecureLab, tmp_path: Path) -> None:
+    """Each run's bundles lag behind what the other run has released since: one attempt is lost to that, not the run."""
+    other = SecureLab(tmp_path, lab.plan.revised({"run.name": "other"}), SIZE)
+    other.exchange.join()
+    for number in (2, 3, 4):
+        assert len(lab.collect(number).survivors) == SIZE
+    attempts = [other.collect(1, attempt) for attempt in (1, 2, 3)]
+    assert any("LedgerBehind" in reason for reason in attempts[0].failures.values())
+    assert [len(each.survivors) for each in attempts if each.survivors] == [SIZE]
+    for number in (5, 6, 7):
+        assert len(lab.collect(number).survivors) == SIZE
+        assert len(other.collect(number).survivors) == SIZE

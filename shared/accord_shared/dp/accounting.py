@@ -68,7 +68,13 @@ def _epsilon(events: tuple[SampledGaussian, ...], delta: float, accountant: str)
     compute = _ACCOUNTANTS.get(accountant)
     if compute is None:
         raise UnknownMechanism(f"unknown accountant {accountant!r}")
-    return compute(events, delta)
+    try:
+        found = compute(events, delta)
+    except (ArithmeticError, ValueError):
+        found = math.nan
+    if math.isnan(found):
+        raise UnknownMechanism(f"accountant {accountant!r} cannot tell what {events[0]} costs at delta = {delta:g}")
+    return found
 
 
 PLD_GRID, COARSE_PLD_GRID = 1e-4, 1e-3
@@ -167,7 +173,7 @@ def calibrate(target: float, delta: float, sampling_rate: float, steps: int, acc
         return epsilon([SampledGaussian(sigma, sampling_rate, steps)], delta, accountant)
 
     def coarse(sigma: float) -> float:
-        return _pld((SampledGaussian(sigma, sampling_rate, steps),), delta, COARSE_PLD_GRID)
+        return epsilon([SampledGaussian(sigma, sampling_rate, steps)], delta, "pld-coarse")
 
     if exact(MAX_SIGMA) > target:
         raise PlanError(f"privacy.epsilon = {target:g} is too small to train at all at delta = {delta:g}")
@@ -188,7 +194,11 @@ def _root(cost: Callable[[float], float], target: float, low: float, factor: flo
     high = low * factor
     while cost(high) > target:
         low, high = high, high * factor
-    log_sigma = brentq(lambda x: math.log(cost(math.exp(x)) / target), math.log(low), math.log(high), xtol=1e-6)
+
+    def excess(log_sigma: float) -> float:
+        return math.log(min(max(cost(math.exp(log_sigma)) / target, 1e-9), 1e9))  # ε falls to 0 where δ alone suffices
+
+    log_sigma = brentq(excess, math.log(low), math.log(high), xtol=1e-6)
     sigma = _round_up(math.exp(log_sigma))
     while cost(sigma) > target:  # the root is approximate: never keep its wrong side
         sigma = _round_up(sigma * (1 + 1e-5))
@@ -214,15 +224,22 @@ def noise_multiplier(plan: Plan) -> float:
     privacy = plan.privacy
     if privacy.epsilon is None:
         return 0.0
-    steps = plan.releases * plan.local.steps_per_round
+    try:
+        return _calibrated(plan, privacy.epsilon)
+    except UnknownMechanism as error:
+        raise PlanError(str(error)) from error
+
+
+def _calibrated(plan: Plan, target: float) -> float:
+    privacy, steps = plan.privacy, plan.releases * plan.local.steps_per_round
     if not plan.shared_noise:
-        return calibrate(privacy.epsilon, privacy.delta, plan.local.sampling_rate, steps, privacy.accountant)
+        return calibrate(target, privacy.delta, plan.local.sampling_rate, steps, privacy.accountant)
     delta = privacy.delta - plan.releases * SLACK
     if delta <= 0.0:
         raise PlanError(f"privacy.delta = {privacy.delta:g} is below what rounding costs in {plan.releases} rounds")
     if privacy.noise == "participant":
-        return calibrate(privacy.epsilon, delta, 1.0, plan.releases, privacy.accountant)
-    return calibrate(privacy.epsilon, delta, plan.local.sampling_rate, steps, privacy.accountant)
+        return calibrate(target, delta, 1.0, plan.releases, privacy.accountant)
+    return calibrate(target, delta, plan.local.sampling_rate, steps, privacy.accountant)
 
 
 def round_event(plan: Plan, sigma: float, own_sigma: float | None = None) -> Event | None:

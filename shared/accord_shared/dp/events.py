@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -46,7 +45,8 @@ class SharedGaussian:
 
     def __post_init__(self) -> None:
         _require_mechanism(self, self.noise_multiplier, self.sampling_rate, self.steps)
-        if not (0 < self.own_noise_multiplier <= self.noise_multiplier and 0 <= self.slack < 1):
+        _require_mechanism(self, self.own_noise_multiplier, self.sampling_rate, self.steps)
+        if not (self.own_noise_multiplier <= self.noise_multiplier and 0 <= self.slack < 1):
             raise UnknownMechanism(f"no guarantee follows from {self}")
 
     def to_json(self) -> dict[str, Any]:
@@ -55,12 +55,15 @@ class SharedGaussian:
 
 
 Event = SampledGaussian | SharedGaussian
+_NOISE = (1e-100, 1e100)
+"""Of noise multipliers: their squares are still numbers."""
 _KINDS: dict[str, type[Event]] = {"sampled_gaussian": SampledGaussian, "shared_gaussian": SharedGaussian}
 
 
 def _require_mechanism(event: Event, noise_multiplier: float, sampling_rate: float, steps: int) -> None:
-    whole = type(steps) is int and steps >= 1
-    if not (0 < noise_multiplier < math.inf and 0 < sampling_rate <= 1 and whole):
+    given = (noise_multiplier, sampling_rate)
+    numbers = type(steps) is int and all(isinstance(value, int | float) and value is not True for value in given)
+    if not (numbers and _NOISE[0] <= noise_multiplier <= _NOISE[1] and 0 < sampling_rate <= 1 and steps >= 1):
         raise UnknownMechanism(f"no guarantee follows from {event}")
 
 

@@ -40,7 +40,9 @@ ARITHMETIC_MARGIN = 2.0**-16
 """Relative allowance for sums in double precision: U² · 2^-53 for U units of a site, so up to 3·10^5 of them."""
 VIRTUAL_VARIANCE = 4
 """What of σ² the continuous Gaussian lacks from which the discrete one follows: 2·exp(-2π²·4) = 1e-34 a coordinate."""
-_COIN_FAILURE_BITS, _WRAP_BITS = 60, 40
+_COIN_FAILURE_BITS = 60
+WRAP_BITS = 40
+"""A sum of a run wraps with probability 2^-40 at most."""
 _LN_2 = 0.6931471805599453
 _FIXED_BITS = 16
 """Bits of fraction below the grid of centres: the coin's."""
@@ -50,6 +52,10 @@ and what a plan that names a width may cost at most."""
 _MOST_COMPONENTS = 9
 """More levels of dropouts than this share a binary scale of components."""
 _MOST_STEPS = 1 << 40
+_MAGNITUDES = (1e-200, 1e200)
+"""Of a clip norm and a bound in units of an update: beyond, products with them lose digits or overflow a double."""
+_FIXED_WIDTH = 62
+"""Bits of a clamped coordinate in fixed point: it must fit into a signed integer of 64 with the coin on top."""
 _SIXTEENTH = 16
 _PLANES = 4
 """Words have a multiple of so many bits: single bits take long to pack."""
@@ -90,6 +96,11 @@ class NoiseShares:
     """Vectors that are ever summed, for the chance of a wrap."""
 
     def __post_init__(self) -> None:
+        for name, value in (("clip norm", self.clip), ("bound", self.bound)):
+            if not _MAGNITUDES[0] <= value <= _MAGNITUDES[1]:
+                raise PlanError(f"a {name} of {value:g} in units of an update leaves no grid")
+        if self.reach >= 1 << (_FIXED_WIDTH - FRACTION_BITS - _FIXED_BITS):
+            raise PlanError(f"a bound of {self.bound / self.clip:.3g} clip norms is too wide for any grid")
         least = min([self.base, *self.components])
         if least < LEAST_VARIANCE:
             raise PlanError(
@@ -171,7 +182,7 @@ class NoiseShares:
         """What the noise of all sites together does not exceed, but for a chance of 2^-40 in a run."""
         whole = self.sites * float(self.share(self.sites) + sum(self.components))
         values = self.dimension * self.draws
-        return math.ceil(math.sqrt(whole * 2.0 * _LN_2 * (1 + _WRAP_BITS + values.bit_length())))
+        return math.ceil(math.sqrt(whole * 2.0 * _LN_2 * (1 + WRAP_BITS + values.bit_length())))
 
     @property
     def limit(self) -> int:

@@ -34,7 +34,7 @@ from accord_shared.receipts import NO_LEDGER, Head, Seen
 from accord_shared.roster import Roster
 from accord_shared.secagg import shamir
 from accord_shared.secagg.dealing import dealt, opened_part
-from accord_shared.secagg.graph import choose_neighbours
+from accord_shared.secagg.graph import choose_neighbours, most_left_out
 from accord_shared.secagg.keys import (
     KEM_SEED_BYTES,
     SESSION_BYTES,
@@ -396,7 +396,18 @@ class Member:
             raise ProtocolError(f"R3: a cohort of {count}, cohort.minimum is {self._terms.minimum}")
         if not set(self._run_names).issuperset(request.cohort):
             raise ProtocolError("R3: a site that was not there when neighbours were chosen")
-        return self._terms.thresholds(len(self._run_names))
+        rule = self._terms.thresholds(len(self._run_names))
+        self._check_left_out(rule)
+        return rule
+
+    def _check_left_out(self, rule: Thresholds) -> None:
+        """Noise is divided for so many honest survivors that a sum may miss; a smaller run has fewer neighbours."""
+        terms = self._terms
+        if terms.noise is None:
+            return
+        left_out = most_left_out(rule.sites, terms.minimum, terms.colluders, rule.degree or 0)
+        if terms.colluders + left_out > terms.noise.colluders:
+            raise ProtocolError(f"R3: of a run of {rule.sites} sites a sum may miss {left_out}, more than noise is for")
 
     def _learn(self, request: MaskRequest) -> None:
         """Verify and keep the introductions that came along."""
