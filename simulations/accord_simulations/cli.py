@@ -91,6 +91,8 @@ def simulate(
     with stop_signal() as stopping, _progress(table) as progress:
         result = run(table, plan_changes, settings, progress=progress, stopping=stopping)
     summary = summarize(result, target)
+    for text in summary["warnings"]:
+        _say(f"warning: {text}")
     typer.echo(json.dumps(summary) if as_json else _readable(summary))
 
 
@@ -143,7 +145,10 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
 
 def summarize(result: Any, target: Path) -> dict[str, Any]:
     """The JSON object of a simulation."""
+    from accord_simulations.results import few_sites
+
     plan = result.plan
+    warning = few_sites(plan["privacy"]["noise"], result.population["participants"])
     return {
         "scenario": result.scenario,
         "participants": result.population["participants"],
@@ -166,8 +171,11 @@ def summarize(result: Any, target: Path) -> dict[str, Any]:
         "noise_multiplier": result.noise_multiplier,
         "aborted_attempts": result.aborted_attempts,
         "trips_per_round": result.trips_per_round,
+        "trips_per_run": result.trips_per_run,
         "released": result.rounds[-1].released,
         "upload_bytes_per_site_round": result.upload_bytes_per_site_round,
+        "upload_bytes_per_site_run": result.upload_bytes_per_site_run,
+        "warnings": [warning] if warning else [],
         "seconds": round(result.seconds, 2),
         "stage_s": {name: round(value, 2) for name, value in result.stage_s.items()},
         "peak_rss_bytes": result.peak_rss_bytes,
@@ -180,8 +188,13 @@ def summarize(result: Any, target: Path) -> dict[str, Any]:
 def _readable(summary: dict[str, Any]) -> str:
     epsilon = summary["epsilon"]
     privacy = "no privacy (noise: none)" if epsilon is None else f"ε = {epsilon:.3g} at δ = {summary['delta']:g}"
+    collude = summary["epsilon_all_collude"]
     lines = [
         f"{summary['scenario']}: {summary['participants']} participants, {summary['rounds']} rounds, {privacy}",
+    ]
+    if collude is not None:
+        lines.append(f"  {summary['noise']} noise".ljust(19) + f"ε = {collude:.3g} if all other participants collude")
+    lines += [
         f"  joint model      {summary['metric']} {summary['federated']:.4f}",
     ]
     if summary["ceiling"] is not None:
@@ -189,7 +202,9 @@ def _readable(summary: dict[str, Any]) -> str:
         lines.append(f"  attainable       {summary['ceiling']:.4f}  ({share:.1%} reached)")
     lines += [f"  {name:16} {summary['metric']} {value:.4f}" for name, value in summary["compare"].items()]
     lines += [
-        f"  upload           {summary['upload_bytes_per_site_round']:,} bytes per participant and round",
+        f"  upload           {summary['upload_bytes_per_site_round']:,} bytes per participant and round, "
+        f"{summary['upload_bytes_per_site_run']:,} in the run",
+        f"  trips            {summary['trips_per_round']} a round, {summary['trips_per_run']:,} in the run",
         f"  time, memory     {summary['seconds']:.0f} s, {summary['peak_rss_bytes'] / 2**30:.2f} GiB at most",
         f"  report           {summary['report']}",
         f"  model            {summary['model']}",
@@ -203,10 +218,17 @@ def sweep(
     epsilon: Annotated[
         str | None, typer.Option(help="Comma-separated, e.g. 0.5,1,3,8 (none: without privacy).")
     ] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="Comma-separated: none (once, without an epsilon), site, cohort, participant.")
+    ] = None,
     participants: Annotated[str | None, typer.Option(help="Comma-separated numbers of participants.")] = None,
     rounds: Annotated[str | None, typer.Option(help="Comma-separated numbers of rounds.")] = None,
     depth: Annotated[str | None, typer.Option(help="Comma-separated depths.")] = None,
     dropout: Annotated[str | None, typer.Option(help="Comma-separated dropout fractions.")] = None,
+    colluders: Annotated[
+        str | None, typer.Option(help="Comma-separated numbers of colluding participants that noise allows for.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Comma-separated partitions.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per point, with seeds 0, 1, …")] = 1,
     compare: _Compare = None,
     validation: Annotated[
@@ -216,7 +238,7 @@ def sweep(
     out: _Out = None,
     as_json: _Json = False,
 ) -> None:
-    """Sweep epsilon, participants, rounds, depth or dropout: the privacy-utility frontier."""
+    """Sweep epsilon, noise modes, participants, …: the privacy-utility frontier. Plans are checked before any run."""
     from accord_simulations.compare import parse_comparisons
     from accord_simulations.sweep import Axes
     from accord_simulations.sweep import sweep as run
@@ -224,10 +246,13 @@ def sweep(
     axes = Axes.parse(
         {
             "epsilon": epsilon,
+            "noise": noise,
             "participants": participants,
             "rounds": rounds,
             "depth": depth,
             "dropout": dropout,
+            "colluders": colluders,
+            "partition": partition,
         }
     )
     changes = merge_changes({"evaluation.validation_fraction": validation or None}, sets)
@@ -248,7 +273,10 @@ def sweep(
         return
     for point in result.points:
         settings = ", ".join(f"{key} {value}" for key, value in point.settings.items())
-        typer.echo(f"{settings:48} {point.metric} {point.mean:.4f} ± {point.std:.4f}")
+        collude = point.epsilon_all_collude
+        spent = "no ε" if point.epsilon is None else f"ε {point.epsilon:.3g}"
+        shown = spent if collude is None else f"{spent}, {collude:.3g} if all others collude"
+        typer.echo(f"{settings:48} {point.metric} {point.mean:.4f} ± {point.std:.4f}, {shown}")
     typer.echo(f"report {target / 'sweep.html'}")
 
 

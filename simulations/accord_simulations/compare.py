@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +26,7 @@ from accord_simulations.faults import FaultSpec
 from accord_simulations.participants import WorkFolder, make_site
 from accord_simulations.prepare import Prepared
 from accord_simulations.results import Comparison
-from accord_simulations.scenario import COMPARISONS, resolve
+from accord_simulations.scenario import COMPARISONS, Resolved, resolve
 from accord_simulations.scoring import Scorer
 
 Stopping = Callable[[], bool]
@@ -44,22 +47,50 @@ def parse_comparisons(text: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def comparison_plan(prepared: Prepared, changes: Mapping[str, Any], name: str) -> Plan:
-    """The plan of a comparison: the federation's, with the scenario's `[compare.NAME]` and what the name means."""
-    resolved = prepared.resolved
+def comparison_plan(resolved: Resolved, changes: Mapping[str, Any], name: str) -> Plan:
+    """The plan of a comparison: the federation's, with the scenario's `[compare.NAME]` and what the name means.
+
+    Raises:
+        PlanError: the result contradicts itself.
+    """
     forced: dict[str, Any] = {"model.digest": resolved.plan.model.digest, "secure_aggregation.mode": "off"}
-    forced["evaluation.released_fraction"] = 0.0
+    forced |= {"evaluation.released_fraction": 0.0, "cohort.colluders": 0}
     if name in ("alone", "central", "central_nonprivate"):
         forced |= {"cohort.size": 1, "cohort.minimum": 1}
     if name in ("central", "central_nonprivate"):
         forced["local.expected_records"] = len(resolved.population.train)
-    if prepared.plan.shared_noise and name in ("alone", "central"):
+    if resolved.plan.shared_noise and name in ("alone", "central"):
         forced["privacy.noise"] = "site"  # of one site: all of the noise, without anybody to share it
     if name in ("nonprivate", "central_nonprivate"):
         forced |= {"privacy.noise": "none", "privacy.epsilon": None}
     own = resolved.scenario.compare.get(name, {})
     faultless = resolved.scenario.model_copy(update={"faults": FaultSpec()})
     return resolve(faultless, resolved.population, {**own, **changes, **forced}, None).plan
+
+
+def comparison_key(resolved: Resolved, changes: Mapping[str, Any], name: str) -> str:
+    """Equal keys, equal comparisons: all that one depends on is its own plan, and who trains on which records.
+
+    So who adds the noise, who drops out and, where the records are pooled, who holds them make no difference.
+
+    Raises:
+        PlanError: as `comparison_plan`.
+    """
+    population, plan = resolved.population, comparison_plan(resolved, changes, name)
+    if name in ("central", "central_nonprivate"):
+        sites, kind = [_units(population.train)], "pooled"
+    else:
+        sites, kind = [_units(member.train) for member in population.participants], "alone" * (name == "alone")
+    scored = _units(population.validation or population.test)
+    return hashlib.sha256(json.dumps([kind, plan.hash, sites, scored]).encode()).hexdigest()
+
+
+def _units(examples: Examples) -> list[list[tuple[str, int]]]:
+    """The records of each unit of privacy, in an order that says nothing."""
+    units: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    for text, label, unit in zip(examples.texts, examples.labels.tolist(), examples.units.tolist(), strict=True):
+        units[unit].append((text, label))
+    return sorted(sorted(records) for records in units.values())
 
 
 @dataclass(frozen=True)
@@ -102,7 +133,7 @@ def compare(prepared: Prepared, changes: Mapping[str, Any], name: str, stopping:
         Interrupted: asked to stop.
     """
     started = time.monotonic()
-    plan = comparison_plan(prepared, changes, name)
+    plan = comparison_plan(prepared.resolved, changes, name)
     population = prepared.population
     scorer = Scorer(prepared.workspace_for(plan), prepared.held_out)
     everyone = [(participant.name, participant.train) for participant in population.participants]

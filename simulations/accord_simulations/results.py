@@ -9,6 +9,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+FEW_SITES = 100
+"""Below so many participants `noise = "participant"` hides a whole participant among too few to learn much."""
+
+
+def few_sites(noise: str, participants: int) -> str | None:
+    """What to tell whoever protects whole participants among few; None where there is nothing to tell."""
+    if noise != "participant" or participants >= FEW_SITES:
+        return None
+    return (
+        f"noise = “participant” hides a whole participant among {participants}. Below {FEW_SITES} that takes so much "
+        "noise that little is learned: use more participants, or protect single records with noise = “cohort”."
+    )
+
 
 @dataclass(frozen=True)
 class RoundResult:
@@ -95,24 +108,54 @@ class SimulationResult:
     seed: int
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def trips_per_run(self) -> int:
+        """Trips of all rounds, with repeated attempts and joining."""
+        return sum(item.trips for item in self.rounds)
+
+    @property
+    def upload_bytes_per_site_run(self) -> int:
+        """What a participant uploads over the whole run, on average."""
+        return sum(item.upload_bytes for item in self.rounds) // max(1, self._sites)
+
+    @property
+    def download_bytes_per_site_run(self) -> int:
+        """What a participant downloads over the whole run, on average."""
+        return sum(item.download_bytes for item in self.rounds) // max(1, self._sites)
+
+    @property
+    def _sites(self) -> int:
+        return len(self.participants) or int(self.population.get("participants", 0))
+
     def to_json(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
-        return asdict(self)
+        """All fields as plain JSON values, and what a run costs as a whole."""
+        costs = ("trips_per_run", "upload_bytes_per_site_run", "download_bytes_per_site_run")
+        return {**asdict(self), **{name: getattr(self, name) for name in costs}}
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One setting of a sweep and its outcome, averaged over seeds."""
+    """One setting of a sweep and its outcome, averaged over seeds (ε and trips: the most of any seed)."""
 
     settings: dict[str, Any]
-    """The swept keys: epsilon, participants, rounds, depth, noise, dropout."""
+    """The swept keys: epsilon, noise, participants, rounds, depth, dropout, colluders, partition.
+
+    The first three are there also where they are not swept. A point without privacy has noise `none` and no epsilon.
+    """
     metric: str
     mean: float
     std: float
     seeds: int
     epsilon: float | None
     seconds: float
+    """Wall time of the runs, without their references."""
     compare: dict[str, float] = field(default_factory=dict)
+    epsilon_all_collude: float | None = None
+    rounds: int | None = None
+    trips_per_round: int | None = None
+    trips_per_run: int | None = None
+    upload_bytes_per_site_round: int | None = None
+    upload_bytes_per_site_run: int | None = None
 
 
 @dataclass(frozen=True)

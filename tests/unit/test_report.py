@@ -21,6 +21,7 @@ from accord_simulations.progress import Progress
 from accord_simulations.report import _numbers as num
 from accord_simulations.report import write_report, write_sweep
 from accord_simulations.report._axes import spread, words
+from accord_simulations.report._points import panels
 from accord_simulations.report._theme import Plot
 from accord_simulations.results import (
     Comparison,
@@ -29,6 +30,7 @@ from accord_simulations.results import (
     SimulationResult,
     SweepPoint,
     SweepResult,
+    few_sites,
 )
 
 PLOTS = ("accuracy_by_round", "participants", "epsilon", "costs", "comparisons")
@@ -281,6 +283,54 @@ def test_an_exceeded_budget_and_open_sums_are_warned_of(tmp_path: Path) -> None:
     assert "Secure aggregation was off" in text
 
 
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize(
+    ("noise", "words"),
+    [
+        (
+            "cohort",
+            (
+                "Against coordinator, public and 2 colluding participants ε = 7.98",
+                "If all other participants collude ε = 31.4",
+                "by at most a factor of 2,922",
+                "no useful bound",
+                "Add, then remove",
+                "(7 stay)",
+                "for which 3 repetitions are in the budget",
+                "In this run it happened 1 time.",
+                "It takes 3 participants who tell",
+                "only if all 11 others do",
+            ),
+        ),
+        ("site", ("Against everybody ε = 7.98", "It would not help", "the sum of 12 carries 12 times the variance")),
+        (
+            "participant",
+            ("whether it takes part at all", "that a participant took part", "hides a whole participant among 12."),
+        ),
+    ],
+)
+def test_a_noise_mode_is_explained(tmp_path: Path, noise: str, words: tuple[str, ...]) -> None:
+    plan = {**make_plan(noise), "run": {"max_extra_attempts": 3}}
+    text = written(make_result(noise=noise, plan=plan), tmp_path).text.replace("\u00a0", " ")
+    for one in words:
+        assert one in text
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_run_is_counted_beside_the_round(tmp_path: Path) -> None:
+    text = written(make_result(), tmp_path).text.replace("\u00a0", " ")
+    assert "trips to the coordinator 3 15" in text
+    assert "upload 53.2 kB 266 kB" in text
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert (result["trips_per_run"], result["upload_bytes_per_site_run"]) == (15, 266_200)
+
+
+def test_few_participants_are_warned_of_only_where_they_are_the_unit() -> None:
+    assert few_sites("participant", 99)
+    assert few_sites("participant", 100) is None
+    assert few_sites("cohort", 10) is None
+
+
 def test_missing_values_are_dashes(tmp_path: Path) -> None:
     result = make_result(
         0,
@@ -338,7 +388,12 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 def test_sweep_page(tmp_path: Path) -> None:
     path = write_sweep(make_sweep(), tmp_path)
-    assert {one.name for one in tmp_path.iterdir()} == {"sweep.html", "sweep.json", "frontier.png"}
+    assert {one.name for one in tmp_path.iterdir()} == {
+        "sweep.html",
+        "sweep.json",
+        "frontier.png",
+        "by_participants.png",
+    }
     page = Page(path.read_text(encoding="utf-8"))
     assert all(one.startswith("#") for one in page.loads)
     assert "5 participants" in page.text
@@ -352,6 +407,101 @@ def test_sweep_with_points_without_noise(tmp_path: Path) -> None:
     bare = SweepPoint({"noise": "none", "epsilon": None}, "accuracy", 0.93, 0.0, 1, None, 9.0, {})
     text = Page(write_sweep(make_sweep(bare), tmp_path).read_text(encoding="utf-8")).text
     assert "Some points are NOT private" in text
+
+
+def mode_point(noise: str, epsilon: float | None, members: int = 10, dropout: float = 0.0) -> SweepPoint:
+    """A point of a sweep over noise modes: cohort noise costs less, and its ε is larger if all others collude."""
+    private = epsilon is not None
+    mean = {"site": 0.7, "cohort": 0.8, "participant": 0.4, "none": 0.93}[noise] + (epsilon or 0.0) / 100
+    return SweepPoint(
+        settings={"epsilon": epsilon, "noise": noise, "participants": members, "dropout": dropout},
+        metric="accuracy",
+        mean=mean - members / 10_000,
+        std=0.01,
+        seeds=2,
+        epsilon=epsilon,
+        seconds=20.0,
+        compare={"alone": 0.3, "central": 0.85},
+        epsilon_all_collude=epsilon * (3.25 if noise == "cohort" else 1.0) if private else None,
+        rounds=10,
+        trips_per_round=3,
+        trips_per_run=32,
+        upload_bytes_per_site_round=53_240,
+        upload_bytes_per_site_run=532_400,
+    )
+
+
+def mode_sweep(*points: SweepPoint) -> SweepResult:
+    return SweepResult("banking", points, "accuracy", 600.0)
+
+
+def test_noise_modes_are_lines_of_their_own(tmp_path: Path) -> None:
+    modes = [mode_point(noise, epsilon) for noise in ("cohort", "site") for epsilon in (1.0, 8.0)]
+    page = write_sweep(mode_sweep(*modes, mode_point("none", None)), tmp_path).read_text(encoding="utf-8")
+    text = Page(page).text
+    assert (
+        "At ε = 1, site noise reaches 70.9 % ± 1.0 and cohort noise reaches 80.9 % ± 1.0. "
+        "At ε = 8, site noise reaches 77.9 % ± 1.0 and cohort noise reaches 87.9 % ± 1.0. "
+        "Without any privacy it is 92.9 % ± 1.0." in text.replace("\u00a0", " ")
+    )
+    assert "8 8.00 26.0 cohort" in text
+    assert "32 532 kB" in text.replace("\u00a0", " ")
+    assert "Some points are NOT private" in text
+    frontier = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)[0]
+    for label in ("site noise", "cohort noise", "not private", "alone, same ε", "pooled data, same ε"):
+        assert frontier.count(f">{label}") == 1
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_what_modes_protect_is_beside_their_numbers(tmp_path: Path) -> None:
+    points = [mode_point(noise, 1.0, members) for noise in ("site", "participant") for members in (5, 20)]
+    text = Page(write_sweep(mode_sweep(*points), tmp_path).read_text(encoding="utf-8")).text
+    assert "a whole participant with all its records" in text
+    assert "everybody, even all other participants together" in text
+    assert text.count("hides a whole participant among 5.") == 1
+
+
+def test_axes_beside_epsilon_get_a_plot(tmp_path: Path) -> None:
+    points = [
+        mode_point(noise, epsilon, members, dropout)
+        for noise, epsilon in (("site", 1.0), ("site", 8.0), ("cohort", 1.0), ("cohort", 8.0), ("none", None))
+        for members in (5, 50)
+        for dropout in (0.0, 0.3)
+    ]
+    write_sweep(mode_sweep(*points), tmp_path)
+    assert {one.name for one in tmp_path.glob("*.png")} == {"frontier.png", "by_participants.png", "by_dropout.png"}
+
+
+def test_panels_hold_one_line_for_each_mode() -> None:
+    points = [
+        *(
+            mode_point(noise, epsilon, members)
+            for noise in ("cohort", "site")
+            for epsilon in (1, 8)
+            for members in (5, 9)
+        ),
+        *(mode_point("none", None, members) for members in (5, 9)),
+    ]
+    over_epsilon, over_members = panels(points, "epsilon"), panels(points, "participants")
+    assert [panel.title for panel in over_epsilon] == ["5 participants", "9 participants"]
+    assert [[line.mode for line in panel.lines] for panel in over_epsilon] == [["site", "cohort"]] * 2
+    assert [len(panel.unprotected) for panel in over_epsilon] == [1, 1]
+    assert [panel.title.replace("\u00a0", " ") for panel in over_members] == ["ε = 1", "ε = 8"]
+    assert [[line.mode for line in panel.lines] for panel in over_members] == [["site", "cohort", "none"]] * 2
+    assert all(len(line.points) == 2 for panel in over_members for line in panel.lines)
+
+
+def test_with_one_mode_all_lines_share_a_panel() -> None:
+    points = [mode_point("site", epsilon, members) for epsilon in (1.0, 8.0) for members in (5, 9)]
+    (panel,) = panels([*points, mode_point("none", None, 5)], "participants")
+    assert [line.label.replace("\u00a0", " ") for line in panel.lines] == ["ε = 1", "ε = 8", "not private"]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_more_panels_than_are_drawn_are_said(tmp_path: Path) -> None:
+    points = [mode_point(noise, 1.0, members) for noise in ("site", "cohort") for members in range(2, 10)]
+    text = Page(write_sweep(mode_sweep(*points), tmp_path).read_text(encoding="utf-8")).text
+    assert "The first 6 of 8 combinations are drawn; the table has all." in text
 
 
 @pytest.mark.parametrize("points", [(), (SweepPoint({}, "accuracy", math.nan, math.nan, 0, None, 0.0),)])

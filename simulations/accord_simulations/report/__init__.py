@@ -21,10 +21,11 @@ from accord_shared.files import make_folder, write_atomic
 from accord_simulations.audit.canaries import CanaryAudit
 from accord_simulations.audit.inversion import InversionAudit
 from accord_simulations.audit.one_run import Coins, Scores
-from accord_simulations.report import _audit, _figures, _numbers, _sweep, _view
+from accord_simulations.report import _audit, _figures, _numbers, _privacy, _sweep, _view
 from accord_simulations.report._costs import costs
-from accord_simulations.report._frontier import frontier
+from accord_simulations.report._frontier import OVER, frontier, over
 from accord_simulations.report._models import is_private
+from accord_simulations.report._points import varying
 from accord_simulations.report._story import story
 from accord_simulations.report._theme import DARK, LIGHT, Plot, render
 from accord_simulations.resources import versions
@@ -48,7 +49,7 @@ def write_report(result: SimulationResult, directory: Path) -> Path:
 
 
 def write_sweep(result: SweepResult, directory: Path) -> Path:
-    """Write `sweep.html`, `sweep.json` and `frontier.png` into `directory`.
+    """Write `sweep.html`, `sweep.json`, `frontier.png` and a PNG for each further axis into `directory`.
 
     Returns:
         The path of the HTML page.
@@ -58,6 +59,9 @@ def write_sweep(result: SweepResult, directory: Path) -> Path:
     """
     title = f"{result.metric} over epsilon, one line per setting"
     plots = {"frontier": render("frontier", partial(frontier, result), title)}
+    for axis in (axis for axis in OVER if axis in varying(result.points)):
+        name = f"by_{axis}"
+        plots[name] = render(name, partial(over, axis, result), f"{result.metric} over {axis}")
     page = _page("sweep.html", result=result, plots=plots, **_sweep.view(result))
     return _write(directory, "sweep", page, result.to_json(), plots)
 
@@ -114,6 +118,9 @@ def _run_view(result: SimulationResult) -> dict[str, Any]:
         "warnings": _view.warnings(result),
         "facts": _view.facts(result),
         "private": is_private(result),
+        "promises": _privacy.promises(result),
+        "questions": _privacy.explain(result),
+        "cost_rows": _view.cost_rows(result),
         "privacy_rows": _view.privacy_rows(result),
         "metric_names": [name.replace("_", " ") for name in _view.metric_names(result)],
         "comparison_rows": _view.comparison_rows(result),

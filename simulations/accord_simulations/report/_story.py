@@ -33,7 +33,7 @@ def guard(result: SimulationResult) -> str:
     """Against whom the stated epsilon holds."""
     text = GUARDS.get(noise_mode(result) or "", "against the coordinator and the public")
     colluders = plan_value(result, "cohort", "colluders")
-    if noise_mode(result) == "cohort" and isinstance(colluders, int) and colluders:
+    if noise_mode(result) in ("cohort", "participant") and isinstance(colluders, int) and colluders:
         text += f", together with up to {num.plural(colluders, 'colluding participant')}"
     return text
 
@@ -122,12 +122,11 @@ def _against(value: float, metric: str) -> str:
 
 def _cost(result: SimulationResult) -> str:
     """Bytes, trips, time and memory."""
-    rounds = len(result.rounds)
     up, down = result.upload_bytes_per_site_round, result.download_bytes_per_site_round
     text = (
         f"Each participant uploads {num.size(up)} and downloads {num.size(down)} a round "
-        f"({num.size(up * rounds)} and {num.size(down * rounds)} in all) "
-        f"in {num.plural(result.trips_per_round, 'trip')}; "
+        f"in {num.plural(result.trips_per_round, 'trip')} ({num.size(result.upload_bytes_per_site_run)} and "
+        f"{num.size(result.download_bytes_per_site_run)} in {num.plural(result.trips_per_run, 'trip')} in all); "
         f"this simulation took {num.duration(result.seconds)}"
     )
     if result.peak_rss_bytes:

@@ -8,8 +8,8 @@ from typing import Any
 
 from accord_simulations.report import _numbers as num
 from accord_simulations.report._models import final_scores, is_private, noise_mode, place, series_name
-from accord_simulations.report._story import attainable_share, gap, guard, plan_value, unit
-from accord_simulations.results import Comparison, ParticipantResult, SimulationResult
+from accord_simulations.report._story import attainable_share, gap, plan_value
+from accord_simulations.results import Comparison, ParticipantResult, SimulationResult, few_sites
 
 MEANINGS = {
     "alone": "each participant trains by itself (mean over participants)",
@@ -102,6 +102,11 @@ def _cost_cards(result: SimulationResult) -> list[Card]:
     return [
         Card("Upload per round", num.size(up), f"and participant, in {trips}"),
         Card(
+            "Upload in the run",
+            num.size(result.upload_bytes_per_site_run),
+            f"and participant, in {num.plural(result.trips_per_run, 'trip')}",
+        ),
+        Card(
             "Wall time",
             num.duration(result.seconds),
             f"{num.plural(len(result.rounds), 'round')}, simulated here",
@@ -145,14 +150,22 @@ def warnings(result: SimulationResult) -> list[tuple[str, str]]:
             "was simulated as switched off; a deployment with this noise mode needs it."
         )
         found.append(("Secure aggregation was off", text))
+    few = few_sites(noise_mode(result) or "", members(result) or 0)
+    if few:
+        found.append(("Few participants", few))
     return found
+
+
+def members(result: SimulationResult) -> int | None:
+    """How many participants there were, where it is known."""
+    known = len(result.participants) or result.population.get("participants")
+    return known if isinstance(known, int) else None
 
 
 def facts(result: SimulationResult) -> list[tuple[str, str]]:
     """The line of settings below the title."""
-    members = len(result.participants) or result.population.get("participants")
     pairs: list[tuple[str, Any]] = [
-        ("participants", members),
+        ("participants", members(result)),
         ("records", result.population.get("records")),
         ("partition", result.population.get("partition")),
         ("source", result.population.get("source")),
@@ -167,15 +180,22 @@ def facts(result: SimulationResult) -> list[tuple[str, str]]:
     ]
 
 
+def cost_rows(result: SimulationResult) -> list[tuple[str, str, str]]:
+    """What one participant sends, receives and waits for: in a round and in the whole run."""
+    up, down = result.upload_bytes_per_site_run, result.download_bytes_per_site_run
+    return [
+        ("trips to the coordinator", num.count(result.trips_per_round), num.count(result.trips_per_run)),
+        ("upload", num.size(result.upload_bytes_per_site_round), num.size(up)),
+        ("download", num.size(result.download_bytes_per_site_round), num.size(down)),
+    ]
+
+
 def privacy_rows(result: SimulationResult) -> list[tuple[str, str]]:
-    """What is protected, from whom, and by how much noise."""
+    """What was spent, and how it was counted."""
     if not is_private(result):
         return []
     return [
-        ("protects", unit(result)),
-        ("ε holds", guard(result)),
         ("ε spent / target", f"{num.epsilon(result.epsilon)} / {num.budget(result.epsilon_target)}"),
-        ("ε if all other participants collude", num.epsilon(result.epsilon_all_collude)),
         ("δ", num.small(result.delta)),
         ("accountant", str(plan_value(result, "privacy", "accountant") or num.DASH)),
         ("noise multiplier", f"{result.noise_multiplier:.4g}"),
@@ -228,6 +248,7 @@ def _participant_row(item: ParticipantResult, metric: str) -> dict[str, str]:
         "records": num.count(item.records),
         "rounds": num.count(item.rounds_released),
         "epsilon": num.epsilon(item.epsilon),
+        "collude": num.epsilon(item.epsilon_all_collude),
         "joint": num.score(item.metrics.get(metric), metric),
         "alone": num.score((item.alone or {}).get(metric), metric),
     }
