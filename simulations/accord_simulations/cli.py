@@ -189,14 +189,10 @@ def _readable(summary: dict[str, Any]) -> str:
     epsilon = summary["epsilon"]
     privacy = "no privacy (noise: none)" if epsilon is None else f"ε = {epsilon:.3g} at δ = {summary['delta']:g}"
     collude = summary["epsilon_all_collude"]
-    lines = [
-        f"{summary['scenario']}: {summary['participants']} participants, {summary['rounds']} rounds, {privacy}",
-    ]
+    lines = [f"{summary['scenario']}: {summary['participants']} participants, {summary['rounds']} rounds, {privacy}"]
     if collude is not None:
-        lines.append(f"  {summary['noise']} noise".ljust(19) + f"ε = {collude:.3g} if all other participants collude")
-    lines += [
-        f"  joint model      {summary['metric']} {summary['federated']:.4f}",
-    ]
+        lines.append(f"  privacy          {summary['noise']} noise, ε = {collude:.3g} if all others collude")
+    lines.append(f"  joint model      {summary['metric']} {summary['federated']:.4f}")
     if summary["ceiling"] is not None:
         share = summary["federated"] / summary["ceiling"]
         lines.append(f"  attainable       {summary['ceiling']:.4f}  ({share:.1%} reached)")

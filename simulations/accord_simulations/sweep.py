@@ -7,17 +7,18 @@ run once for all points that it is the same for.
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.errors import DataError, OutputError, PlanError
-from accord_shared.files import make_folder
+from accord_shared.files import make_folder, write_atomic
 from accord_shared.secagg.thresholds import COMPLETE_MAX, thresholds
 from accord_simulations.compare import comparison_key
 from accord_simulations.prepare import resolve_scenario
@@ -106,6 +107,8 @@ def sweep(
 ) -> SweepResult:
     """Run every point for every seed; leaves `sweep.html`, `sweep.json`, pictures and each run's folder in `out`.
 
+    `points.json` there holds the finished points while others run.
+
     Raises:
         OutputError: `out` is not empty.
         PlanError: a point contradicts itself; nothing was run.
@@ -133,6 +136,7 @@ def sweep(
             results.append(simulate(run.scenario, run.changes, options, stopping=stopping))
             known |= {run.references[item.name]: item for item in results[-1].comparisons}
         points.append(_point({**tries[0].facts, **settings}, results, [run.references for run in tries], known))
+        write_atomic(out / "points.json", json.dumps([asdict(point) for point in points], indent=2).encode())
         sys.stderr.write(f"{number}/{len(combinations)}: {_words(settings)}: {_outcome(points[-1])}\n")
     result = SweepResult(
         scenario=results[0].scenario,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def test_points_say_what_they_cost_and_both_epsilons(
 ) -> None:
     (point,) = run(tmp_path, ("alone",), seeds=2, noise="participant", epsilon="3").points
     assert len(asked) == 2
+    assert json.loads((tmp_path / "points.json").read_text()) == [asdict(point)]
     assert point.settings == {"epsilon": 3.0, "noise": "participant", "participants": 10}
     assert (point.mean, point.seeds, point.seconds) == (pytest.approx(0.81), 2, 12.0)
     assert point.std == pytest.approx(0.02 / 2**0.5)
@@ -203,4 +205,4 @@ def test_the_summary_counts_the_run_and_names_both_epsilons(noise: str, warned: 
     text = _readable(summary)
     assert "100 bytes per participant and round, 200 in the run" in text
     assert "3 a round, 8 in the run" in text
-    assert ("ε = 16 if all other participants collude" in text) == (noise != "none")
+    assert ("ε = 16 if all others collude" in text) == (noise != "none")

@@ -47,9 +47,16 @@ def epsilon(value: float | None) -> str:
         return DASH
     if math.isinf(value):
         return "∞"
-    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 2
-    scale = 10.0**digits
-    return f"{math.ceil(value * scale - 1e-6) / scale:,.{digits}f}"
+    if value <= 0:
+        return f"{value:.2f}"
+    scale = 10.0 ** _digits(value)
+    shown = math.ceil(value * scale - 1e-6) / scale
+    return f"{shown:,.{_digits(shown)}f}"
+
+
+def _digits(value: float) -> int:
+    """Decimals of a positive number with three significant digits."""
+    return max(0, 2 - math.floor(math.log10(value) + 1e-12))
 
 
 def budget(value: float | None) -> str:

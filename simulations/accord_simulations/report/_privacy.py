@@ -47,10 +47,10 @@ def promises(result: SimulationResult) -> list[Card]:
         ]
     colluders = plan_value(result, "cohort", "colluders")
     with_some = f" and {num.plural(colluders, 'colluding participant')}" if colluders else ""
-    weaker = odds(result.epsilon_all_collude, result)
+    weaker = f"Then a participant has its own share of the noise alone. {odds(result.epsilon_all_collude, result)}"
     return [
         Card(f"Against coordinator, public{with_some}", _equals(result.epsilon), odds(result.epsilon, result), "joint"),
-        Card(others, _equals(result.epsilon_all_collude), f"Only the own share of the noise is left then. {weaker}"),
+        Card(others, _equals(result.epsilon_all_collude), weaker),
     ]
 
 
@@ -120,14 +120,23 @@ def _noise(result: SimulationResult, mode: str) -> str:
         return f"Every participant adds all of the noise to its own update before it leaves{each}."
     return (
         f"Each of {num.plural(members, 'participant')} adds a share of the noise to its update before it is masked. "
-        "Only the sum can be opened, and the sum carries all of it: as much as one trusted party would have added to "
-        "the pooled data, without anybody who has to be trusted with it."
+        "Only the sum can be opened, and the sum carries all of it: as much as one trusted party would have added, "
+        f"without anybody who has to be trusted.{_surplus(result, members)}"
     )
+
+
+def _surplus(result: SimulationResult, members: int) -> str:
+    """What allowing for colluders costs."""
+    colluders = plan_value(result, "cohort", "colluders")
+    if not isinstance(colluders, int) or not 0 < colluders < members:
+        return ""
+    more = f"{100 * colluders / (members - colluders):.0f}{num.JOIN}%"
+    return f" As the shares of {num.plural(colluders, 'colluder')} do not count, all add {more} more variance."
 
 
 def _dropout(result: SimulationResult, mode: str) -> str:
     lost = sum(max(0, item.cohort - item.survivors) for item in result.rounds)
-    here = f" In this run it happened {num.plural(lost, 'time')}." if lost else " In this run nobody did."
+    here = f" In this run {num.plural(lost, 'update')} did not arrive." if lost else " In this run all updates arrived."
     if mode == "site":
         text = "Nothing changes for the others: every update that arrives carries its own noise. Who drops out in one "
         return f"{text}round can make up for it in a later one, and spends no more than planned.{here}"
