@@ -236,7 +236,7 @@ def sweep(
 ) -> None:
     """Sweep epsilon, noise modes, participants, …: the privacy-utility frontier. Plans are checked before any run."""
     from accord_simulations.compare import parse_comparisons
-    from accord_simulations.sweep import Axes
+    from accord_simulations.sweep import Axes, one_line
     from accord_simulations.sweep import sweep as run
 
     axes = Axes.parse(
@@ -268,11 +268,7 @@ def sweep(
         typer.echo(json.dumps({**result.to_json(), "report": str(target / "sweep.html")}))
         return
     for point in result.points:
-        settings = ", ".join(f"{key} {value}" for key, value in point.settings.items())
-        collude = point.epsilon_all_collude
-        spent = "no ε" if point.epsilon is None else f"ε {point.epsilon:.3g}"
-        shown = spent if collude is None else f"{spent}, {collude:.3g} if all others collude"
-        typer.echo(f"{settings:48} {point.metric} {point.mean:.4f} ± {point.std:.4f}, {shown}")
+        typer.echo(one_line(point))
     typer.echo(f"report {target / 'sweep.html'}")
 
 

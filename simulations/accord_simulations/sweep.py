@@ -137,7 +137,7 @@ def sweep(
             known |= {run.references[item.name]: item for item in results[-1].comparisons}
         points.append(_point({**tries[0].facts, **settings}, results, [run.references for run in tries], known))
         write_atomic(out / "points.json", json.dumps([asdict(point) for point in points], indent=2).encode())
-        sys.stderr.write(f"{number}/{len(combinations)}: {_words(settings)}: {_outcome(points[-1])}\n")
+        sys.stderr.write(f"{number}/{len(combinations)}: {one_line(points[-1])}\n")
     result = SweepResult(
         scenario=results[0].scenario,
         points=tuple(points),
@@ -208,9 +208,10 @@ def _words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {'none' if value is None else value}" for name, value in settings.items())
 
 
-def _outcome(point: SweepPoint) -> str:
-    """A point's score and both ε on one line."""
-    text = f"{point.metric} {point.mean:.4f} ± {point.std:.4f}"
+def one_line(point: SweepPoint) -> str:
+    """A point, its score (with the standard deviation over seeds, if there are several) and both ε."""
+    spread = f" ± {point.std:.4f}" if point.seeds > 1 else ""
+    text = f"{_words(point.settings)}: {point.metric} {point.mean:.4f}{spread}"
     if point.epsilon is None or point.epsilon_all_collude is None:
         return text
     return f"{text}, ε {point.epsilon:.3g}, {point.epsilon_all_collude:.3g} if all others collude"
