@@ -110,8 +110,11 @@ def _gram_norms(inputs: Tensor, grads: Tensor) -> Tensor:
     """‖Σ_t grads_t inputs_tᵀ‖² per row [B] = Σ_ts (inputs_t·inputs_s)(grads_t·grads_s), rounded up.
 
     Tokens may cancel (a record can be made so): then fp32 keeps nothing of the true norm, and what it may have
-    lost is added.
+    lost is added. Inputs are brought to size 1 and their size to the gradients, for squares below 1e-45 would vanish.
     """
+    sizes = inputs.abs().amax(dim=2, keepdim=True)
+    sizes = torch.where((sizes > 0) & torch.isfinite(sizes), sizes, torch.ones_like(sizes))
+    inputs, grads = inputs / sizes, grads * sizes
     if inputs.shape[1] == 1:
         return inputs.square().sum(dim=(1, 2)) * grads.square().sum(dim=(1, 2))
     gram = ((inputs @ inputs.mT) * (grads @ grads.mT)).sum(dim=(1, 2)).clamp(min=0.0)

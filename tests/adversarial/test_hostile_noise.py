@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -16,8 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from accord_client.entries import DataSet, Limits, Released, Reserved
+from accord_client.gradients import GradientTape
 from accord_client.ledger import Ledger
 from accord_client.receipts import Receipt
 from accord_client.trainer import clipped_update
@@ -78,14 +83,14 @@ ABSURD: list[dict[str, Any]] = [
     {"local.learning_rate": 5e-324},
     {"local.learning_rate": 1e-320},
     {"local.learning_rate": 1e308},
-    {"local.learning_rate": 1e300, "local.clip_norm": 1e6, "local.sampling_rate": 1e-6},
+    {"local.learning_rate": 1e300, "local.clip_norm": 1e6, "local.sampling_rate": 1e-6, "privacy.accountant": "rdp"},
     {"local.clip_norm": 1e-6, "local.learning_rate": 1e-9},
     {"local.clip_norm": 1e6},
     {"local.expected_records": 1},
     {"local.expected_records": 10**9, "privacy.delta": 1e-10},
     {"local.expected_records": 2**53 - 1, "privacy.delta": 1e-17},
     {"local.sampling_rate": 5e-324},
-    {"local.sampling_rate": 1e-12},
+    {"local.sampling_rate": 1e-12, "privacy.accountant": "rdp"},
     {"local.sampling_rate": 1.0 - 1e-12},
     {"local.sampling_rate": 0.01, "privacy.delta": 1e-16, "privacy.accountant": "prv"},
     {"privacy.epsilon": 1e-3},
@@ -173,6 +178,14 @@ def test_slack_counts() -> None:
     assert epsilon([event] * 4, 1e-5) == pytest.approx(gaussian_epsilon(2.0, 2e-6), rel=1e-6)
     with pytest.raises(PlanError, match="rounding costs"):
         noise_multiplier(noise_plan({"privacy.delta": 1e-17}))
+
+
+def test_little_noise_is_accounted_in_a_moment() -> None:
+    """What is left of many sites' noise if all others collude: its sampled loss distribution would take gigabytes."""
+    event = SharedGaussian(1.0, 0.02, 0.1, 100, SLACK)
+    found = epsilon([event], 1e-5, colluding=True)
+    assert found >= epsilon([SharedGaussian(1.0, 0.2, 0.1, 10, SLACK)], 1e-5, "rdp", colluding=True)
+    assert found == pytest.approx(gaussian_epsilon(0.002, 1e-5), rel=1e-6)
 
 
 def test_participant_noise_is_never_amplified() -> None:
@@ -288,6 +301,55 @@ def test_bits_after_an_undecided_cell_are_uniform() -> None:
     bits = SecureGenerator(bytes(32)).uint64(40_000).reshape(-1, 2)
     found = table.decide(np.full(20_000, cell, dtype=np.int64), bits)
     assert abs(np.mean(found == found.min()) - due) < 5 * 0.5 / math.sqrt(20_000)
+
+
+def test_a_number_at_a_threshold_is_above_it() -> None:
+    """All 144 bits count, the last ones too."""
+    thresholds = _thresholds(Fraction(0), Fraction(9), -42, 42)
+    table = _Table(-42, [thresholds], 16)
+    for place in (35, 42, 49):
+        rest = thresholds[place] & (2**128 - 1)
+        bits = np.array([divmod(number, 2**64) for number in (rest - 1, rest, rest + 1)], dtype=np.uint64)
+        cells = np.full(3, thresholds[place] >> 128)
+        assert table.decide(cells, bits).tolist() == [place - 42, place - 41, place - 41]
+
+
+def test_samples_are_those_of_the_specification() -> None:
+    """PROTOCOL.md, section 13, from its words: which keystream decides what, at two levels."""
+    seed, count, variance = bytes(range(32)), 4000, 70_000
+
+    def keystream(level: int, part: int, size: int) -> bytes:
+        counter = bytes([level, part]) + bytes(14)
+        return Cipher(algorithms.AES256(seed), modes.CTR(counter)).encryptor().update(bytes(size))
+
+    def drawn(level: int, spread: Fraction) -> list[int]:
+        reach = math.ceil(13.6 * math.sqrt(spread)) + 1
+        thresholds = _thresholds(Fraction(0), spread, -reach, reach)
+        tops = [threshold >> 128 for threshold in thresholds]
+        further, found = keystream(level, 1, 16 * count), []
+        for first in np.frombuffer(keystream(level, 0, 2 * count), dtype="<u2").tolist():
+            low = bisect_left(tops, first)
+            if low < len(tops) and tops[low] == first:
+                high, rest = struct.unpack("<QQ", further[:16])
+                further = further[16:]
+                low = bisect_right(thresholds, first << 128 | high << 64 | rest)
+            found.append(low - reach)
+        return found
+
+    m = math.isqrt(variance) // 100 + 1
+    least = Fraction(25 * m * m, 4)
+    low, high = drawn(0, least), drawn(1, (variance - least) / m**2)
+    expected = [one + m * other for one, other in zip(low, high, strict=True)]
+    assert DiscreteGaussian(Fraction(variance)).sample(seed, count).tolist() == expected
+
+
+def test_rounding_alone_is_noise_of_variance_nine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiscreteGaussian, "add", lambda *_, **__: None)
+    shares = shares_of(dimension=60_000)
+    steps = np.linspace(-3.0, 3.0, 60_000)
+    off = decode(encode(steps / shares.scale, shares, SecureGenerator(bytes(32))), shares, 1) * shares.scale - steps
+    assert abs(off.mean()) < 5 * 3 / math.sqrt(60_000)
+    assert abs(off.var() / 9 - 1) < 5 * math.sqrt(2 / 60_000)
 
 
 @pytest.mark.xfail(strict=True, reason="the accountant counts 2^-60 for tails cut at 13.6 deviations, whatever ε is")
@@ -426,8 +488,13 @@ def test_other_integers_are_another_context() -> None:
         replace(terms, noise=replace(noise, colluders=0)),
         replace(terms, noise=replace(noise, steps=noise.steps + 1)),
     ]
+    steps = noise.steps + 1
+    less = noise.multiplier * noise.delta_steps / sensitivity(steps, noise.dimension)
+    finer = replace(noise, steps=steps, multiplier=less)
+    assert finer.components == noise.components  # the same integers of another grid
+    others.append(replace(terms, noise=finer))
     contexts = {Attempt(each, 1, 1, ("a",), (b"",), "0" * 64, b"\x09").context for each in (terms, *others)}
-    assert len(contexts) == 5
+    assert len(contexts) == 6
 
 
 # --- sparse graphs
@@ -624,6 +691,30 @@ def test_a_clipped_update_is_within_its_norm(lab: SecureLab) -> None:
         workspace.model, batches, plan.local, weights, generator=SecureGenerator(), runtime=workspace.runtime
     )
     assert 0.99 * 0.5 < np.linalg.norm(update) <= 0.5
+
+
+@pytest.mark.parametrize("tokens", [1, 32])
+@pytest.mark.parametrize(("inputs", "upstream"), [(2e-23, 1e17), (1e-30, 1e25), (1e17, 2e-23), (1e-38, 1e30)])
+def test_no_unit_is_longer_than_its_clip_norm_because_squares_vanish(
+    tokens: int, inputs: float, upstream: float
+) -> None:
+    """Weights are the coordinator's: inputs of 2e-23 have no square in fp32, so a norm read 0 and nothing was clipped.
+
+    One token of each unit is as usual, so that a scale for the whole unit is not enough.
+    """
+    layer = torch.nn.Linear(384, 384, bias=False)
+    tape = GradientTape(layer)
+    signs = torch.randn(2, tokens, 384, generator=torch.Generator().manual_seed(1)).sign()
+    sizes = torch.full((2, tokens, 1), inputs)
+    slopes = torch.full((2, tokens, 1), upstream)
+    if tokens > 1:
+        sizes[:, 0], slopes[:, 0] = 1.0, 1e-9
+    with tape.recording(torch.arange(2), 2):
+        (layer(signs * sizes) * slopes).sum().backward()
+    clipped = tape.clip(1e-6, exact=True)
+    assert clipped.rejected in (0, 2)
+    assert float(clipped.total.norm()) <= 2e-6
+    assert clipped.rejected or float(clipped.norms.min()) > 1e-6
 
 
 # --- ledgers that went back

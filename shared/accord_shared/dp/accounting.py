@@ -45,11 +45,14 @@ def epsilon(events: Sequence[Event], delta: float, accountant: str = "pld", *, c
 
 
 def _gaussian(event: Event, *, colluding: bool) -> SampledGaussian:
-    """The sampled Gaussian that an event is to whoever looks."""
-    if isinstance(event, SampledGaussian):
-        return event
-    sigma = event.own_noise_multiplier if colluding else event.noise_multiplier
-    return SampledGaussian(sigma, event.sampling_rate, event.steps)
+    """The sampled Gaussian that an event is to whoever looks.
+
+    With so little noise that sampling hardly helps, as if it did not: the loss distribution would take gigabytes.
+    """
+    sigma = event.noise_multiplier
+    if colluding and isinstance(event, SharedGaussian):
+        sigma = event.own_noise_multiplier
+    return SampledGaussian(sigma, event.sampling_rate if sigma >= MIN_SIGMA else 1.0, event.steps)
 
 
 def _collapse(events: Sequence[Event]) -> tuple[SampledGaussian, ...]:
