@@ -59,13 +59,17 @@ def comparison_plan(resolved: Resolved, changes: Mapping[str, Any], name: str) -
         forced |= {"cohort.size": 1, "cohort.minimum": 1}
     if name in ("central", "central_nonprivate"):
         forced["local.expected_records"] = len(resolved.population.train)
+    prompts = resolved.plan.task.prompts
+    forced["task.prompts"] = list(prompts) if prompts else None  # the same features for all
+    tuned_for = None
     if resolved.plan.shared_noise and name in ("alone", "central"):
         forced["privacy.noise"] = "site"  # of one site: all of the noise, without anybody to share it
+        tuned_for = resolved.plan.privacy.noise  # as much noise on a sum as the cohort has
     if name in ("nonprivate", "central_nonprivate"):
         forced |= {"privacy.noise": "none", "privacy.epsilon": None}
     own = resolved.scenario.compare.get(name, {})
     faultless = resolved.scenario.model_copy(update={"faults": FaultSpec()})
-    return resolve(faultless, resolved.population, {**own, **changes, **forced}, None).plan
+    return resolve(faultless, resolved.population, {**own, **changes, **forced}, None, tuned_for).plan
 
 
 def comparison_key(resolved: Resolved, changes: Mapping[str, Any], name: str) -> str:

@@ -171,11 +171,16 @@ class Resolved:
 
 
 def resolve(
-    scenario: Scenario, population: Population, changes: Mapping[str, Any], model_digest: str | None
+    scenario: Scenario,
+    population: Population,
+    changes: Mapping[str, Any],
+    model_digest: str | None,
+    tuned_for: str | None = None,
 ) -> Resolved:
     """Fill what a scenario may leave to the population, apply tuned keys, then the user's `changes`.
 
-    Labels, mean records per participant and the cohort's size are public facts of a simulated population.
+    Tuned keys are those of the plan's noise mode, or of `tuned_for`. Labels, mean records per participant and the
+    cohort's size are public facts of a simulated population.
 
     Raises:
         PlanError: the result contradicts itself.
@@ -201,7 +206,7 @@ def resolve(
     wanted = apply_changes(base, dict(changes))
     if wanted.get("privacy", {}).get("noise") == "none" and "privacy.epsilon" not in changes:
         wanted = apply_changes(wanted, {"privacy.epsilon": None})
-    matching = _matching(scenario.tuned, wanted)
+    matching = _matching(scenario.tuned, wanted, tuned_for)
     for entry in matching:
         for key, value in entry.set.items():
             if key not in changes:
@@ -238,11 +243,11 @@ def _flat(table: Mapping[str, Any]) -> set[str]:
     return {f"{name}.{key}" for name, value in table.items() if isinstance(value, dict) for key in value}
 
 
-def _matching(entries: tuple[Tuned, ...], table: Mapping[str, Any]) -> list[Tuned]:
+def _matching(entries: tuple[Tuned, ...], table: Mapping[str, Any], tuned_for: str | None) -> list[Tuned]:
     privacy = table.get("privacy", {})
     facts = {
         "depth": table.get("adapter", {}).get("depth", "head"),
-        "noise": privacy.get("noise", "site"),
+        "noise": tuned_for or privacy.get("noise", "site"),
     }
     fitting = [
         entry

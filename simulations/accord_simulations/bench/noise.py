@@ -1,7 +1,7 @@
 """`noise`: what a site's share of noise costs under `noise = "cohort"`, beside numpy's Skellam sampler.
 
-- **Noise**: everything that is random about one update of `dim` values: the coin to the grid, Gaussian rounding, the base
-  and all removable components, added to the words. CPU milliseconds a million values, median of `repeats`.
+- **Noise**: everything that is random about one update of `dim` values: the coin to the grid, Gaussian rounding, the
+  base and all removable components, added to the words. CPU milliseconds a million values, median of `repeats`.
 - **Peer**: one Skellam vector of the variance that a site adds in all, as the difference of two of numpy's Poisson
   samples: neither cryptographic nor removable by a seed, and before any rounding.
 - **Client**: trip 1 and the opening of the real `Member` on the real encoding: noise, rounding, masks with all other
