@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 simulate: setup  ## the main job: ten synthetic banks, with and without each other, with and without privacy
-	$(BIN)/accord simulate bank-demo --compare all
+	$(BIN)/accord simulate bank-demo --noise cohort --compare all
 
 lint: setup
 	$(BIN)/ruff check .

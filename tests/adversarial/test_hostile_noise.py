@@ -838,12 +838,14 @@ def test_receipts_of_others_older_ones_and_changed_ones(lab: SecureLab) -> None:
         old.model_copy(update={"signature": foreign.signature}),
         foreign.model_copy(update={"site": name}),
     ]
-    for receipt in forged:
+    ledger = lab.labs[name].store().ledger
+    for receipt in (*forged, ledger.receipt("another", identity(name))):
         answer = site.handle(replace(lab.enquiry, receipt=receipt.to_json().encode()))
         assert isinstance(answer, Refusal)
         assert answer.kind == "ProtocolError"
+    for receipt in forged:
         with pytest.raises(AccordError):
-            lab.labs[name].store().ledger.recover(receipt, identity(name))
+            ledger.recover(receipt, identity(name))
 
 
 def test_recovering_twice_or_from_older_receipts_counts_once(lab: SecureLab) -> None:

@@ -122,6 +122,23 @@ def test_kill_in_the_middle_then_resume_spends_the_same(cache: Path, tmp_path: P
     assert summary["epsilon"] == uninterrupted["epsilon"]
 
 
+def test_a_killed_cohort_charges_what_it_repeats_and_no_more_than_it_may(cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--noise", "cohort", "--participants", "5", "--rounds", "40", "--set", "run.max_extra_attempts=3")
+    process = start(cache, out, *options)
+    await_round(out, 4, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    summary = simulate(cache, out, *options, "--resume")
+    report = json.loads((out / "report.json").read_text())
+    assert [entry["round"] for entry in report["rounds"]] == list(range(1, 41))
+    released = [participant["rounds_released"] for participant in report["participants"]]
+    assert all(40 <= count <= 43 for count in released)  # the killed round was a release if it was uploaded
+    assert summary["epsilon"] <= summary["epsilon_target"] == 8.0  # type: ignore[operator]
+    assert summary["epsilon_all_collude"] > summary["epsilon"]  # type: ignore[operator]
+    assert summary["upload_bytes_per_site_round"] < 20_000  # type: ignore[operator]
+
+
 def test_an_interrupt_leaves_a_resumable_run_and_no_process(cache: Path, tmp_path: Path) -> None:
     for number, sent in ((1, signal.SIGINT), (2, signal.SIGTERM)):
         out = tmp_path / f"run-{number}"
