@@ -182,10 +182,11 @@ def test_slack_counts() -> None:
 
 def test_little_noise_is_accounted_in_a_moment() -> None:
     """What is left of many sites' noise if all others collude: its sampled loss distribution would take gigabytes."""
-    event = SharedGaussian(1.0, 0.02, 0.1, 100, SLACK)
+    event = SharedGaussian(1.0, 0.18, 0.5, 1, SLACK)
     found = epsilon([event], 1e-5, colluding=True)
-    assert found >= epsilon([SharedGaussian(1.0, 0.2, 0.1, 10, SLACK)], 1e-5, "rdp", colluding=True)
-    assert found == pytest.approx(gaussian_epsilon(0.002, 1e-5), rel=1e-6)
+    assert found == pytest.approx(gaussian_epsilon(0.18, 1e-5), rel=1e-6)
+    assert found > epsilon([replace(event, own_noise_multiplier=0.2)], 1e-5, colluding=True)
+    assert math.isfinite(epsilon([SharedGaussian(1.0, 0.02, 0.1, 100, SLACK)] * 9, 1e-5, colluding=True))
 
 
 def test_participant_noise_is_never_amplified() -> None:
