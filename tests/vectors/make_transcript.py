@@ -19,6 +19,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from accord_shared import messages as kinds
+from accord_shared.dp.sharing import NoiseShares
 from accord_shared.identity import Identity
 from accord_shared.messages import IntroduceRequest, MaskRequest
 from accord_shared.roster import Roster
@@ -62,8 +63,24 @@ def roster_of(names: tuple[str, ...] = NAMES) -> Roster:
     return Roster.made({"federation": "vectors", "serial": 1, "minimum": 3, "colluders": 0, "members": members})
 
 
-def terms_of(mode: str, roster: Roster) -> RunTerms:
+SHARES = NoiseShares(
+    multiplier=1.0,
+    sites=5,
+    minimum=4,
+    colluders=1,
+    dimension=DIMENSION,
+    steps=64,
+    clip=1.0,
+    bound=1.5,
+    bits=BITS,
+    draws=9,
+)
+"""How noise is divided in the transcript named `shared`: one removable component."""
+
+
+def terms_of(name: str, roster: Roster) -> RunTerms:
     """The run's terms: n = 5, n_min = 4, c = 1."""
+    mode, noise = ("malicious", SHARES) if name == "shared" else (name, None)
     return RunTerms(
         run_id="17",
         plan_hash="ab" * 32,
@@ -75,7 +92,8 @@ def terms_of(mode: str, roster: Roster) -> RunTerms:
         colluders=1,
         size=len(NAMES),
         bound=1.5,
-        own_noise=True,
+        own_noise=noise is None,
+        noise=noise,
     )
 
 
@@ -195,11 +213,12 @@ def collector_of(terms: RunTerms, roster: Roster, request: MaskRequest) -> Colle
     return Collector(attempt_of(terms, request), roster, terms.thresholds(count), *complete(count), PRIVATE)
 
 
-def record(mode: str, silent: int, leaves: int | None) -> dict[str, Any]:
-    """One attempt in which `silent` never uploads, and `leaves` does not open."""
+def record(name: str, silent: int | None, leaves: tuple[int, ...] = ()) -> dict[str, Any]:
+    """One attempt in which `silent` never uploads, and `leaves` do not open."""
     roster, blobs = roster_of(), Blobs({})
-    terms = terms_of(mode, roster)
-    members = {name: Member(name, identity_of(name), roster, terms, random=stream(f"site {name}")) for name in NAMES}
+    terms = terms_of(name, roster)
+    mode = terms.mode
+    members = {each: Member(each, identity_of(each), roster, terms, random=stream(f"site {each}")) for each in NAMES}
     told = introductions(members, terms)
     requests = mask_requests(members, terms, told, (1, 1))
     sites = list(members.values())
@@ -216,11 +235,11 @@ def record(mode: str, silent: int, leaves: int | None) -> dict[str, Any]:
         collector.add_signature(index, signed[index])
     asked = collector.open_requests()
     for index, request in asked.items():
-        if index != leaves:
+        if index not in leaves:
             openings[index] = sites[index].open(request)
             collector.add_opening(index, openings[index])
     return {
-        "mode": mode,
+        "name": name,
         "terms": asdict(terms),
         "request": to_json(requests[0], blobs),
         "uploads": {index: to_json(each, blobs) for index, each in uploads.items()},
@@ -239,7 +258,8 @@ def record(mode: str, silent: int, leaves: int | None) -> dict[str, Any]:
 
 def main() -> None:
     """Write the file."""
-    table = [record("malicious", silent=3, leaves=1), record("semi_honest", silent=1, leaves=None)]
+    table = [record("malicious", silent=3, leaves=(1,)), record("semi_honest", silent=1)]
+    table.append(record("shared", silent=None, leaves=(2, 3)))
     FILE.write_text(json.dumps(table, indent=1) + "\n")
 
 
