@@ -239,6 +239,23 @@ def test_two_epsilons() -> None:
     assert collude > 3 * known
 
 
+def skellam_epsilon(deviation: float, delta: float) -> float:
+    """The Rényi bound of a Skellam of large variance and sensitivity 1 (Agarwal, Kairouz, Liu 2021): its leading term.
+
+    Converted by Canonne, Kamath, Steinke 2020, Proposition 12. Its further terms only add.
+    """
+    orders = np.concatenate([np.arange(1.05, 64, 0.05), np.arange(64, 1024)])
+    bound = orders / (2 * deviation**2) + np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
+    return float(bound.min())
+
+
+@pytest.mark.parametrize(("target", "least", "most"), [(0.5, 1.08, 1.10), (1.0, 1.08, 1.09), (8.0, 1.055, 1.07)])
+def test_skellam_noise_would_have_to_be_larger(target: float, least: float, most: float) -> None:
+    """Why the noise is a discrete Gaussian: what README and PROTOCOL.md say of the alternative."""
+    sigma = noise_multiplier(cohort_plan({"privacy.epsilon": target, "run.rounds": 1, "run.max_extra_attempts": 0}))
+    assert skellam_epsilon(sigma * least, 1e-5) > target > skellam_epsilon(sigma * most, 1e-5)
+
+
 def test_slack_is_taken_from_delta() -> None:
     event = SharedGaussian(1.0, 0.3, 1.0, 1, 1e-6)
     assert epsilon([event] * 5, 1e-5) == pytest.approx(epsilon([SampledGaussian(1.0, 1.0, 5)], 5e-6), rel=1e-9)
