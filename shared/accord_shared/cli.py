@@ -64,7 +64,12 @@ def plan_show(file: Annotated[Path, typer.Argument(help="A plan as TOML.")], as_
         typer.echo(f"# sha256:{plan.hash}\n{plan.to_toml()}", nl=False)
 
 
-_CLIENT_FACTS = ("trainable_parameters", "upload_bytes_per_site_round", "download_bytes_per_site_round")
+_CLIENT_FACTS = (
+    "epsilon_all_collude",
+    "trainable_parameters",
+    "upload_bytes_per_site_round",
+    "download_bytes_per_site_round",
+)
 
 
 def _facts(plan: Any) -> dict[str, Any]:
@@ -79,9 +84,9 @@ def _facts(plan: Any) -> dict[str, Any]:
         "steps": plan.steps,
         "epsilon_per_round": plan_epsilon(plan, 1),
         "epsilon_total": plan_epsilon(plan, plan.releases),
-        "epsilon_all_collude": plan_epsilon(plan, plan.releases, colluding=True),
         "delta": plan.privacy.delta,
         **dict.fromkeys(_CLIENT_FACTS),
+        **({} if plan.shared_noise else {"epsilon_all_collude": plan_epsilon(plan, plan.releases)}),
     }
     for entry in entry_points(group="accord.plan_facts"):
         facts |= _load(entry)(plan)

@@ -177,16 +177,16 @@ def test_slack_counts() -> None:
     assert epsilon([event] * 6, 1e-5) == math.inf
     assert epsilon([event] * 4, 1e-5) == pytest.approx(gaussian_epsilon(2.0, 2e-6), rel=1e-6)
     with pytest.raises(PlanError, match="rounding costs"):
-        noise_multiplier(noise_plan({"privacy.delta": 1e-17}))
+        noise_multiplier(noise_plan({"privacy.delta": 1e-19}))
 
 
 def test_little_noise_is_accounted_in_a_moment() -> None:
     """What is left of many sites' noise if all others collude: its sampled loss distribution would take gigabytes."""
     event = SharedGaussian(1.0, 0.18, 0.5, 1, SLACK)
     found = epsilon([event], 1e-5, colluding=True)
-    assert found == pytest.approx(gaussian_epsilon(0.18, 1e-5), rel=1e-6)
+    assert found == pytest.approx(gaussian_epsilon(0.18, 1e-5), rel=1e-3)
     assert found > epsilon([replace(event, own_noise_multiplier=0.2)], 1e-5, colluding=True)
-    assert math.isfinite(epsilon([SharedGaussian(1.0, 0.02, 0.1, 100, SLACK)] * 9, 1e-5, colluding=True))
+    assert epsilon([SharedGaussian(1.0, 0.02, 0.1, 100, SLACK)] * 9, 1e-5, colluding=True) == math.inf  # no proof
 
 
 def test_participant_noise_is_never_amplified() -> None:
@@ -353,12 +353,10 @@ def test_rounding_alone_is_noise_of_variance_nine(monkeypatch: pytest.MonkeyPatc
     assert abs(off.var() / 9 - 1) < 5 * math.sqrt(2 / 60_000)
 
 
-@pytest.mark.xfail(strict=True, reason="the accountant counts 2^-60 for tails cut at 13.6 deviations, whatever ε is")
 def test_outputs_that_never_meet_have_no_epsilon() -> None:
-    """120 sites at ε = 20: alone, a site has 1/38 of a clip norm. ε = 876 is claimed, but δ is 1 at any ε.
+    """Found: 120 sites at ε = 20; alone, a site has 1/38 of a clip norm. ε = 876 was claimed, but δ is 1 at any ε.
 
-    Samples that are off by t cost t·(1 + e^ε) of δ, not t: nothing up to ε of about 40, and no proof above. So an
-    accountant had better say "infinite" there.
+    Samples that are off by t cost t·(1 + e^ε) of δ, not t: nothing up to ε of about 40, and no proof above.
     """
     plan = noise_plan(
         {

@@ -263,6 +263,15 @@ def test_slack_is_taken_from_delta() -> None:
     assert SLACK * 100_000 < 1e-12
 
 
+def test_samples_that_are_nearly_right_cost_more_of_delta_the_larger_epsilon_is() -> None:
+    """t·(1 + e^ε) for a distance t: nothing at ε = 10, and no ε at all where e^ε·t reaches δ."""
+    for sigma, exact in ((1.0, True), (0.25, True), (0.1, False)):
+        plain = epsilon([SampledGaussian(sigma, 1.0, 1)], 1e-5)
+        found = epsilon([SharedGaussian(sigma, sigma, 1.0, 1, 0.0)], 1e-5)
+        assert (found == pytest.approx(plain, rel=1e-3)) is exact, (sigma, plain, found)
+    assert found == math.inf
+
+
 def test_participant_noise_is_never_sampled() -> None:
     plan = cohort_plan({"privacy.noise": "participant", "local.sampling_rate": 0.01, "cohort.size": 500})
     event = round_event(plan, 3.0)

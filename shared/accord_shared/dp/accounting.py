@@ -27,6 +27,13 @@ MIN_SIGMA, MAX_SIGMA = 0.2, 1e6
 """Noise multipliers outside are no mechanism that anybody should run: refused as a plan error."""
 
 
+SLACK = 2.0**-60
+"""What one release under shared noise adds to δ: its rounding is unlucky with that probability."""
+VARIATION = 2.0**-80
+"""How far all samples of one release are together from their distribution at most (`NoiseShares.is_precise`)."""
+_MOST_CORRECTIONS = 50
+
+
 def epsilon(events: Sequence[Event], delta: float, accountant: str = "pld", *, colluding: bool = False) -> float:
     """The smallest proven ε such that the composition of `events` is (ε, `delta`)-DP; infinite where there is none.
 
@@ -37,11 +44,30 @@ def epsilon(events: Sequence[Event], delta: float, accountant: str = "pld", *, c
         MissingExtra: `prv` without Opacus.
     """
     merged = merge(events)
-    left = delta - sum(event.slack * event.steps for event in merged if isinstance(event, SharedGaussian))
-    if left <= 0.0:
-        return math.inf
     gaussians = _collapse(merge(_gaussian(event, colluding=colluding) for event in merged))
-    return _epsilon(gaussians, left, accountant) if gaussians else 0.0
+    shared = [event for event in merged if isinstance(event, SharedGaussian)]
+    left = delta - sum(event.slack * event.steps for event in shared)
+    if not gaussians:
+        return 0.0
+    if not shared:
+        return _epsilon(gaussians, delta, accountant)
+    return _with_variation(gaussians, left, accountant, sum(event.steps for event in shared) * VARIATION)
+
+
+def _with_variation(events: tuple[SampledGaussian, ...], delta: float, accountant: str, variation: float) -> float:
+    """ε where all samples together are `variation` off their distribution, which costs `variation`·(1 + e^ε) of δ.
+
+    The larger ε, the more: the least solution is found from below, and where there is none ε is infinite.
+    """
+    found = 0.0
+    for _ in range(_MOST_CORRECTIONS):
+        left = delta - variation * (1.0 + math.exp(min(found, 700.0)))
+        if left <= 0.0:
+            return math.inf
+        before, found = found, _epsilon(events, left, accountant)
+        if found <= before * (1.0 + 1e-9):
+            return found
+    return math.inf
 
 
 def _gaussian(event: Event, *, colluding: bool) -> SampledGaussian:
@@ -213,11 +239,6 @@ def _round_up(sigma: float) -> float:
     return math.ceil(sigma / unit) * unit
 
 
-SLACK = 2.0**-59
-"""What one release under shared noise adds to δ: its rounding is unlucky with probability 2^-60, and 2^60 samples of
-noise are together within 2^-60 of their distribution (`accord_shared.dp.discrete.TOTAL_VARIATION`)."""
-
-
 def noise_multiplier(plan: Plan) -> float:
     """σ of the plan: 0 without privacy, else calibrated so that all releases of a site cost `privacy.epsilon`.
 
@@ -237,7 +258,7 @@ def _calibrated(plan: Plan, target: float) -> float:
     privacy, steps = plan.privacy, plan.releases * plan.local.steps_per_round
     if not plan.shared_noise:
         return calibrate(target, privacy.delta, plan.local.sampling_rate, steps, privacy.accountant)
-    delta = privacy.delta - plan.releases * SLACK
+    delta = privacy.delta - plan.releases * (SLACK + VARIATION * (1.0 + math.exp(min(target, 700.0))))
     if delta <= 0.0:
         raise PlanError(f"privacy.delta = {privacy.delta:g} is below what rounding costs in {plan.releases} rounds")
     if privacy.noise == "participant":
@@ -248,14 +269,15 @@ def _calibrated(plan: Plan, target: float) -> float:
 def round_event(plan: Plan, sigma: float, own_sigma: float | None = None) -> Event | None:
     """What one release at noise multiplier `sigma` costs a site; None without privacy.
 
-    `own_sigma` is what is left of shared noise if all others collude (None: the plan's share).
+    `own_sigma` is what is left of shared noise if all others collude, as `NoiseShares` knows it (None: a bound that
+    holds on every grid, since of a share of at least 18 squared steps at most 4 do not count).
     """
     rate = plan.local.sampling_rate
     if plan.privacy.noise == "none":
         return None
     if plan.privacy.noise == "site":
         return SampledGaussian(sigma, rate, plan.local.steps_per_round)
-    own = own_sigma if own_sigma is not None else sigma / math.sqrt(max(1, plan.noise_sharers))
+    own = own_sigma if own_sigma is not None else 0.88 * sigma / math.sqrt(max(1, plan.noise_sharers))
     return SharedGaussian(sigma, own, 1.0 if plan.privacy.noise == "participant" else rate, 1, SLACK)
 
 
@@ -265,7 +287,7 @@ def run_epsilon(plan: Plan, event: Event) -> float:
     return epsilon([whole], plan.privacy.delta, plan.privacy.accountant)
 
 
-def plan_epsilon(plan: Plan, releases: int, *, coarse: bool = False, colluding: bool = False) -> float | None:
+def plan_epsilon(plan: Plan, releases: int, *, coarse: bool = False) -> float | None:
     """ε that a site has spent after so many `releases` under the plan; None without privacy.
 
     `coarse` is ten times faster for `pld` and overstates by up to a percent: for curves, not for claims.
@@ -275,4 +297,4 @@ def plan_epsilon(plan: Plan, releases: int, *, coarse: bool = False, colluding: 
         return None
     name = plan.privacy.accountant
     accountant = "pld-coarse" if coarse and name == "pld" else name
-    return epsilon([event] * releases, plan.privacy.delta, accountant, colluding=colluding)
+    return epsilon([event] * releases, plan.privacy.delta, accountant)

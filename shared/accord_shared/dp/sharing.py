@@ -196,11 +196,11 @@ class NoiseShares:
 
     @property
     def is_precise(self) -> bool:
-        """Whether all samples of a sum are together within 2^-60 of their distribution, and smooth to within 2^-60."""
+        """Whether all samples of a sum are together within 2^-80 of their distribution, a run's smooth to 2^-60."""
         samples = self.dimension * self.sites * (2 + len(self.components))
         smallest = min([self.base, *self.components, ROUNDING_VARIANCE])
         rough = smoothing_error(smallest, smallest) + 4.0 * math.exp(-2.0 * math.pi**2 * VIRTUAL_VARIANCE)
-        return samples * max(TOTAL_VARIATION, rough) <= 2.0**-60
+        return samples * TOTAL_VARIATION <= 2.0**-80 and samples * self.draws * rough <= 2.0**-60
 
     @cached_property
     def base_noise(self) -> DiscreteGaussian:
