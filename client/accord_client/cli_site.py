@@ -12,8 +12,8 @@ import typer
 from accord_shared.errors import BadInput
 
 if TYPE_CHECKING:
-    from accord_client.balance import Balance
-    from accord_client.ledger import Ledger
+    from accord_client.ledger.balance import Balance
+    from accord_client.ledger.ledger import Ledger
 
 site_app = typer.Typer(help="Run and inspect one institution's site.", no_args_is_help=True)
 ledger_app = typer.Typer(
@@ -78,8 +78,8 @@ def recover(
     as_json: _Json = False,
 ) -> None:
     """Count what an old copy of the ledger lacks, from a receipt. A ledger that is gone is made anew."""
-    from accord_client.ledger import Ledger
-    from accord_client.receipts import Receipt
+    from accord_client.ledger.ledger import Ledger
+    from accord_client.ledger.receipts import Receipt
     from accord_shared.cli_roster import read_key
 
     given, key = Receipt.from_json(receipt.read_bytes()), read_key(identity)
@@ -92,8 +92,8 @@ def recover(
 
 
 def _ledger(folder: Path) -> Ledger:
-    from accord_client.chain import Chain
-    from accord_client.ledger import Ledger
+    from accord_client.ledger.chain import Chain
+    from accord_client.ledger.ledger import Ledger
 
     if not Chain(folder).exists():
         raise BadInput(f"{folder} has no ledger")
@@ -106,7 +106,7 @@ def _head(balance: Balance) -> dict[str, Any]:
 
 
 def _dataset(balance: Balance, name: str, delta: float) -> dict[str, Any]:
-    from accord_client.entries import Limits
+    from accord_client.ledger.entries import Limits
 
     declared = balance.declared.get(name)
     limits = declared.limits if declared is not None else Limits(delta=delta)
@@ -129,7 +129,7 @@ def _dataset(balance: Balance, name: str, delta: float) -> dict[str, Any]:
 
 def _epsilons(spent: Any, delta: float, accountant: str) -> dict[str, float | None]:
     """Both; null where there is no bound."""
-    from accord_client.limits import epsilon_of
+    from accord_client.ledger.limits import epsilon_of
 
     found = [epsilon_of(spent, delta, accountant, colluding=colluding) for colluding in (False, True)]
     public, colluding = [value if math.isfinite(value) else None for value in found]

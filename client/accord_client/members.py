@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import Protocol
 
-from accord_client.receipts import Receipt, Statement, make_receipt
+from accord_client.ledger.receipts import Receipt, Statement, make_receipt
 from accord_shared.errors import ProtocolError, SessionLost
 from accord_shared.identity import Identity
 from accord_shared.messages import (

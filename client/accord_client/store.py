@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from accord_client.balance import Releases
-from accord_client.entries import DataSet, Released, Reserved, made
-from accord_client.ledger import Ledger
+from accord_client.ledger.balance import Releases
+from accord_client.ledger.entries import DataSet, Released, Reserved, made
+from accord_client.ledger.ledger import Ledger
 from accord_shared.dp.events import Event
 from accord_shared.errors import PrivacyError
 from accord_shared.files import make_folder, write_atomic

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from accord_client.ledger.receipts import Statement
 from accord_client.members import LocalMembers, SideRequest
-from accord_client.receipts import Statement
 from accord_shared.errors import AccordError
 from accord_shared.files import make_folder, write_atomic
 from accord_shared.identity import SEED, Identity

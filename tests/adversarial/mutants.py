@@ -97,12 +97,12 @@ SHARING, DISCRETE, ACCOUNTING, EVENTS = (
 )
 QUANTIZE, LEDGER, CHAIN = (
     "shared/accord_shared/quantize.py",
-    "client/accord_client/ledger.py",
-    "client/accord_client/chain.py",
+    "client/accord_client/ledger/ledger.py",
+    "client/accord_client/ledger/chain.py",
 )
 BALANCE, LIMITS, MEMBERS = (
-    "client/accord_client/balance.py",
-    "client/accord_client/limits.py",
+    "client/accord_client/ledger/balance.py",
+    "client/accord_client/ledger/limits.py",
     "client/accord_client/members.py",
 )
 NOISE_MUTANTS: list[tuple[str, str, str, str]] = [
@@ -163,11 +163,11 @@ NOISE_MUTANTS: list[tuple[str, str, str, str]] = [
     ("noise plan limits", SITE, "self._store.check_plan(plan.hash, event, plan.releases, dataset=self._dataset)", "pass"),
     ("noise reserve limits", LEDGER, "            self._limits.check(balance, entry.dataset, entry.plan, Spent.of(entry.event))\n", ""),
     ("noise release limits", LEDGER, "if reserved is None or not reserved.permits(step):", "if False:"),
-    ("noise permits", "client/accord_client/entries.py", "return mine == other and self.attempt == release.attempt and self.event == release.event", "return mine == other"),
+    ("noise permits", "client/accord_client/ledger/entries.py", "return mine == other and self.attempt == release.attempt and self.event == release.event", "return mine == other"),
     ("noise others' reservations", LIMITS, " + balance.reserved_by_others(dataset, plan)", ""),
     ("noise receipt signature", MEMBERS, "receipt.verify(self._identity.keys)", "pass"),
     ("noise receipt site", MEMBERS, "if receipt.site != self._name:", "if False:"),
-    ("noise receipt opened", "client/accord_client/receipts.py", "        self.verify(identity.keys)\n        sealed = self.sealed_bytes", "        sealed = self.sealed_bytes"),
+    ("noise receipt opened", "client/accord_client/ledger/receipts.py", "        self.verify(identity.keys)\n        sealed = self.sealed_bytes", "        sealed = self.sealed_bytes"),
     ("noise recover common", LEDGER, "costs, progress = lacking(account, _common(account, balance, writing))", "costs, progress = lacking(account, Account())"),
     ("noise recover once", LEDGER, "            if receipt.head == balance.head or any(receipt.head in _heads(entry) for entry in balance.imports):\n                return False\n", ""),
     ("noise recover above", LEDGER, "_append(writing, entry, above=receipt.seq)", "_append(writing, entry)"),

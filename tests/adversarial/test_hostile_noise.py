@@ -21,10 +21,10 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from accord_client.entries import DataSet, Limits, Released, Reserved
 from accord_client.gradients import GradientTape
-from accord_client.ledger import Ledger
-from accord_client.receipts import Receipt
+from accord_client.ledger.entries import DataSet, Limits, Released, Reserved
+from accord_client.ledger.ledger import Ledger
+from accord_client.ledger.receipts import Receipt
 from accord_client.trainer import clipped_update
 from accord_shared.dp.accounting import SLACK, epsilon, gaussian_epsilon, noise_multiplier, round_event, run_epsilon
 from accord_shared.dp.discrete import (

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from accord_client import site as site_module
-from accord_client.chain import Writing
+from accord_client.ledger.chain import Writing
 from accord_client.members import MOST_RUNS, LocalMembers
 from accord_client.site import Site
 from accord_client.store import SiteStore

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from accord_client.ledger.receipts import Statement
 from accord_client.members import LocalMembers
-from accord_client.receipts import Statement
 from accord_client.site import Site
 from accord_server.aggregation import Aggregate
 from accord_server.secagg import SecureAggregation

@@ -26,9 +26,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accord_client import chain
 from accord_client import store as store_module
-from accord_client.entries import DataSet, Limits
+from accord_client.ledger import chain
+from accord_client.ledger.entries import DataSet, Limits
 from accord_client.store import SiteStore
 from accord_shared.dp.events import SampledGaussian
 from accord_shared.errors import LimitReached

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from accord_client import store as store_module
-from accord_client.chain import Writing
+from accord_client.ledger.chain import Writing
 from accord_client.site import Site
 from accord_shared.dp.accounting import epsilon, plan_epsilon
 from accord_shared.files import write_atomic

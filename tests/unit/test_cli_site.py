@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from accord_client import chain
-from accord_client.entries import DataSet, Limits
+from accord_client.ledger import chain
+from accord_client.ledger.entries import DataSet, Limits
 from accord_client.store import SiteStore
 from accord_shared import cli, cli_roster
 from accord_shared.dp.accounting import epsilon

@@ -20,11 +20,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from accord_client import chain, limits
-from accord_client.balance import Releases
-from accord_client.entries import Account, DataSet, Limits, Released, Reserved, Spent
-from accord_client.ledger import Ledger
-from accord_client.receipts import Receipt
+from accord_client.ledger import chain, limits
+from accord_client.ledger.balance import Releases
+from accord_client.ledger.entries import Account, DataSet, Limits, Released, Reserved, Spent
+from accord_client.ledger.ledger import Ledger
+from accord_client.ledger.receipts import Receipt
 from accord_shared.dp.accounting import epsilon
 from accord_shared.dp.events import Event, SampledGaussian, SharedGaussian
 from accord_shared.errors import (

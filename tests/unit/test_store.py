@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from accord_client import chain
+from accord_client.ledger import chain
 from accord_client.store import Releases, SiteStore
 from accord_shared.dp.events import SampledGaussian
 from accord_shared.errors import PrivacyError, ProtocolError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from accord_client.receipts import Receipt
+from accord_client.ledger.receipts import Receipt
 from accord_server.witness import Witness
 from accord_shared.errors import CheckpointError, LedgerRolledBack, ProtocolError
 from accord_shared.messages import Joined, MaskRequest, Refusal

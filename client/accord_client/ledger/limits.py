@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from accord_client.balance import Balance
-from accord_client.entries import Limits, Spent
+from accord_client.ledger.balance import Balance
+from accord_client.ledger.entries import Limits, Spent
 from accord_shared.dp.accounting import epsilon
 from accord_shared.dp.events import Event
 from accord_shared.errors import LimitReached, PrivacyError

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accord_client.balance import Balance, Releases, lacking
-from accord_client.chain import RECOVER, Chain, Reading, Writing
-from accord_client.entries import (
+from accord_client.ledger.balance import Balance, Releases, lacking
+from accord_client.ledger.chain import RECOVER, Chain, Reading, Writing
+from accord_client.ledger.entries import (
     Account,
     Attempted,
     DataSet,
@@ -32,8 +32,8 @@ from accord_client.entries import (
     kind_of,
     made,
 )
-from accord_client.limits import LimitCheck, epsilon_of
-from accord_client.receipts import Receipt, Signer, Statement, make_receipt
+from accord_client.ledger.limits import LimitCheck, epsilon_of
+from accord_client.ledger.receipts import Receipt, Signer, Statement, make_receipt
 from accord_shared.dp.events import Event
 from accord_shared.errors import LedgerRolledBack, ProtocolError
 from accord_shared.receipts import NO_LEDGER, Head, Seen

@@ -12,7 +12,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pydantic import ValidationError
 
-from accord_client.entries import Account
+from accord_client.ledger.entries import Account
 from accord_shared.errors import ProtocolError
 from accord_shared.frames import frame
 from accord_shared.identity import PublicKeys

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from accord_client.chain import Row
-from accord_client.entries import (
+from accord_client.ledger.chain import Row
+from accord_client.ledger.entries import (
     Account,
     Attempted,
     Cost,
