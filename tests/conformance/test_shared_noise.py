@@ -14,7 +14,7 @@ import pytest
 from accord_client.conformance import Violation, check_shared_noise
 from accord_server.aggregation import Aggregate
 from accord_shared.dp.accounting import epsilon, plan_epsilon
-from accord_shared.dp.discrete import DiscreteGaussian
+from accord_shared.dp.discrete import ROUNDING_VARIANCE, DiscreteGaussian
 from accord_shared.dp.noise import SecureGenerator
 from accord_shared.dp.sharing import NoiseShares
 from accord_shared.messages import Message, OpenRequest, Refusal, SurvivorsRequest
@@ -36,7 +36,7 @@ def cohort_plan(**changes: Any) -> Plan:
 def lab_of(folder: Path, plan: Plan, **lab: Any) -> SecureLab:
     made = SecureLab(folder, plan, plan.cohort.size, **lab)
     for index, site in enumerate(made.sites.values()):
-        site._generator = SecureGenerator(bytes([index]) * 32)
+        site._generator = SecureGenerator(index.to_bytes(32, "big"))
     made.exchange.join()
     return made
 
@@ -326,3 +326,24 @@ BROKEN = {
     "colluders forgotten": _no_colluders,
     "the same noise twice": _one_seed,
 }
+
+
+@pytest.mark.slow
+def test_five_hundred_sites_share_participant_noise_on_a_sparse_graph(tmp_path: Path) -> None:
+    """Five percent drop out; the sum misses a few whose partners they were, and still carries what is promised."""
+    plan = secure_lab_plan(
+        500,
+        **{"privacy.noise": "participant", "cohort.minimum": 450, "run.max_extra_attempts": 0, "privacy.epsilon": 8.0},
+    )
+    lab = lab_of(tmp_path, plan, width=1000, zero_gradients=True)
+    lab.exchange.lose(dict.fromkeys(lab.names[:25], 1))
+    aggregate = zero_request(lab, 1)
+    noise = lab.terms.noise
+    assert noise is not None
+    assert 450 <= len(aggregate.survivors) <= 475, aggregate.failures
+    assert noise.colluders > 0  # honest survivors that a sum may miss
+    share = float(
+        ROUNDING_VARIANCE + noise.base + sum(noise.components[i] for i in noise.kept(len(aggregate.survivors)))
+    )
+    require_sigma(aggregate.total, math.sqrt(share * len(aggregate.survivors)) / noise.scale)
+    assert share * (len(aggregate.survivors) - noise.colluders) >= float(noise.variance)
