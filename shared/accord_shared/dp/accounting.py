@@ -235,8 +235,9 @@ def _root(cost: Callable[[float], float], target: float, low: float, factor: flo
 
 
 def _round_up(sigma: float) -> float:
+    """To 6 digits; the double nearest to that decimal."""
     unit = 10.0 ** (math.floor(math.log10(sigma)) - 5)
-    return math.ceil(sigma / unit) * unit
+    return float(f"{math.ceil(sigma / unit) * unit:.6g}")
 
 
 def noise_multiplier(plan: Plan) -> float:

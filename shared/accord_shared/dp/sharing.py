@@ -165,7 +165,7 @@ class NoiseShares:
         """What is left of z for a site whose fellow sites all collude, at 6 digits rounded down: its base."""
         own = math.sqrt(float(self.share(self.sites) - VIRTUAL_VARIANCE)) / self.delta_steps
         unit = 10.0 ** (math.floor(math.log10(own)) - 5)
-        return min(self.multiplier, math.floor(own / unit) * unit)
+        return min(self.multiplier, float(f"{math.floor(own / unit) * unit:.6g}"))
 
     @property
     def scale(self) -> float:
