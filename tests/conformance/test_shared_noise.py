@@ -91,7 +91,7 @@ def test_sites_lost_after_their_upload_are_in_the_sum_and_its_noise(trip: int, t
 
 def test_the_sum_is_the_clipped_gradients_and_noise_and_nothing_else(tmp_path: Path) -> None:
     """Item 11: central DP-SGD on the union of all records."""
-    lab = lab_of(tmp_path, cohort_plan(privacy__epsilon=100.0), width=WIDTH)
+    lab = lab_of(tmp_path, cohort_plan(privacy__epsilon=30.0), width=WIDTH)
     lab.exchange.lose({lab.names[3]: 1})
     aggregate = zero_request(lab, 1)
     total = signal(lab, aggregate.survivors)
@@ -238,9 +238,9 @@ def test_an_empty_sample_uploads_noise_and_is_charged(tmp_path: Path) -> None:
 
 def test_a_record_that_is_not_a_number_counts_for_nothing(tmp_path: Path) -> None:
     """Item 10: its gradient is rejected, the others' are summed."""
-    lab = lab_of(tmp_path, cohort_plan(privacy__epsilon=100.0), width=400)
+    lab = lab_of(tmp_path, cohort_plan(privacy__epsilon=30.0), width=400)
     clean = zero_request(lab, 1).total
-    broken = lab_of(tmp_path / "broken", cohort_plan(privacy__epsilon=100.0), width=400)
+    broken = lab_of(tmp_path / "broken", cohort_plan(privacy__epsilon=30.0), width=400)
     site = broken.sites[broken.names[0]]
     workspace = site._workspace_of(broken.plan)
     records, held = site._records(broken.plan, workspace)

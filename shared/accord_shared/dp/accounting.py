@@ -261,7 +261,8 @@ def _calibrated(plan: Plan, target: float) -> float:
         return calibrate(target, privacy.delta, plan.local.sampling_rate, steps, privacy.accountant)
     delta = privacy.delta - plan.releases * (SLACK + VARIATION * (1.0 + math.exp(min(target, 700.0))))
     if delta <= 0.0:
-        raise PlanError(f"privacy.delta = {privacy.delta:g} is below what rounding costs in {plan.releases} rounds")
+        cost = f"what rounding costs in {plan.releases} releases at epsilon = {target:g}"
+        raise PlanError(f"privacy.delta = {privacy.delta:g} is below {cost}")
     if privacy.noise == "participant":
         return calibrate(target, delta, 1.0, plan.releases, privacy.accountant)
     return calibrate(target, delta, plan.local.sampling_rate, steps, privacy.accountant)
