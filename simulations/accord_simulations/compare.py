@@ -61,10 +61,10 @@ def comparison_plan(resolved: Resolved, changes: Mapping[str, Any], name: str) -
         forced["local.expected_records"] = len(resolved.population.train)
     prompts = resolved.plan.task.prompts
     forced["task.prompts"] = list(prompts) if prompts else None  # the same features for all
-    tuned_for = None
-    if resolved.plan.shared_noise and name in ("alone", "central"):
+    private = name in ("alone", "central") and resolved.plan.privacy.noise != "none"
+    tuned_for = "cohort" if private else None  # a sum there has as much noise as a cohort's
+    if private and resolved.plan.shared_noise:
         forced["privacy.noise"] = "site"  # of one site: all of the noise, without anybody to share it
-        tuned_for = resolved.plan.privacy.noise  # as much noise on a sum as the cohort has
     if name in ("nonprivate", "central_nonprivate"):
         forced |= {"privacy.noise": "none", "privacy.epsilon": None}
     own = resolved.scenario.compare.get(name, {})

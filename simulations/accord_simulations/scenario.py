@@ -179,8 +179,8 @@ def resolve(
 ) -> Resolved:
     """Fill what a scenario may leave to the population, apply tuned keys, then the user's `changes`.
 
-    Tuned keys are those of the plan's noise mode, or of `tuned_for`. Labels, mean records per participant and the
-    cohort's size are public facts of a simulated population.
+    Tuned keys are those of `tuned_for`, if there are any, or of the plan's noise mode. Labels, mean records per
+    participant and the cohort's size are public facts of a simulated population.
 
     Raises:
         PlanError: the result contradicts itself.
@@ -206,7 +206,7 @@ def resolve(
     wanted = apply_changes(base, dict(changes))
     if wanted.get("privacy", {}).get("noise") == "none" and "privacy.epsilon" not in changes:
         wanted = apply_changes(wanted, {"privacy.epsilon": None})
-    matching = _matching(scenario.tuned, wanted, tuned_for)
+    matching = (tuned_for and _matching(scenario.tuned, wanted, tuned_for)) or _matching(scenario.tuned, wanted)
     for entry in matching:
         for key, value in entry.set.items():
             if key not in changes:
@@ -243,11 +243,11 @@ def _flat(table: Mapping[str, Any]) -> set[str]:
     return {f"{name}.{key}" for name, value in table.items() if isinstance(value, dict) for key in value}
 
 
-def _matching(entries: tuple[Tuned, ...], table: Mapping[str, Any], tuned_for: str | None) -> list[Tuned]:
+def _matching(entries: tuple[Tuned, ...], table: Mapping[str, Any], noise: str | None = None) -> list[Tuned]:
     privacy = table.get("privacy", {})
     facts = {
         "depth": table.get("adapter", {}).get("depth", "head"),
-        "noise": tuned_for or privacy.get("noise", "site"),
+        "noise": noise or privacy.get("noise", "site"),
     }
     fitting = [
         entry
