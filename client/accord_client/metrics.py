@@ -61,7 +61,7 @@ def released_counts(
         total = _sums(model, batches, spec.sampling_rate, generator, runtime) * (clip_norm / math.sqrt(COUNTS))
     scale = noise_multiplier * clip_norm
     noised = snap(total + generator.gaussian(COUNTS, scale), scale)
-    return noised * (spec.learning_rate / (spec.sampling_rate * spec.expected_records))
+    return noised * (spec.learning_rate / spec.expected_batch)
 
 
 def _sums(

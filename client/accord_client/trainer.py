@@ -138,9 +138,7 @@ def clipped_gradient(
     total = _Steps(model, batches, spec, 0.0, generator, runtime).clipped_sum(spec.clip_norm)
     if total is None:
         return np.zeros(len(weights))
-    update: npt.NDArray[np.float64] = total.cpu().numpy() * -(
-        spec.learning_rate / (spec.sampling_rate * spec.expected_records)
-    )
+    update: npt.NDArray[np.float64] = total.cpu().numpy() * -(spec.learning_rate / spec.expected_batch)
     return update
 
 
@@ -225,18 +223,13 @@ class _Steps:
             self._optimizer(),
             noise_multiplier=self.noise_multiplier,
             clip_norm=clip_norm,
-            expected_batch=self._divisor,
+            expected_batch=self.spec.expected_batch,
             generator=self.generator,
             on_step=self._count,
         )
 
     def _count(self) -> None:
         self.accounted += 1
-
-    @property
-    def _divisor(self) -> float:
-        """The expected batch: public constants of the plan."""
-        return self.spec.sampling_rate * self.spec.expected_records
 
     def _plain(self) -> int:
         optimizer = self._optimizer()
@@ -245,7 +238,7 @@ class _Steps:
             rows = np.flatnonzero(self.generator.bernoulli(self.spec.sampling_rate, n_rows))
             optimizer.zero_grad(set_to_none=True)
             for part in _chunks(rows, self.runtime.rows_in_memory):
-                (self._loss(part) / self._divisor).backward()  # type: ignore[no-untyped-call]
+                (self._loss(part) / self.spec.expected_batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return self.spec.steps_per_round
 

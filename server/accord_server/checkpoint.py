@@ -95,16 +95,6 @@ class CheckpointFolder:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
         return attempt if noted == round_number else 0
 
-    def keep_receipts(self, text: str) -> None:
-        """Write the receipts of the sites' ledgers durably."""
-        make_folder(self._folder)
-        write_atomic(self._folder / "receipts.json", text.encode())
-
-    def receipts(self) -> str | None:
-        """The receipts that were kept, if any."""
-        path = self._folder / "receipts.json"
-        return path.read_text() if path.exists() else None
-
     def load(self, plan_hash: str) -> Checkpoint | None:
         """The last finished round, or None where no round has finished.
 

@@ -16,7 +16,7 @@ class Witness:
     Receipts are signed and sealed by their sites: here they are compared and kept, never read.
     """
 
-    def __init__(self, roster: Roster, on_change: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, roster: Roster, on_change: Callable[[str], None] | None = None) -> None:
         self._roster, self._on_change = roster, on_change
         self._receipts: dict[str, Receipt] = {}
 
@@ -60,8 +60,9 @@ class Witness:
         return self._receipts[name].to_json().encode() if name in self._receipts else b""
 
     def keep(self) -> None:
-        """Tell `on_change`."""
-        self._on_change(json.dumps({name: receipt.to_json() for name, receipt in sorted(self._receipts.items())}))
+        """Tell `on_change`, if anybody listens: receipts of many sites are megabytes."""
+        if self._on_change is not None:
+            self._on_change(json.dumps({name: receipt.to_json() for name, receipt in sorted(self._receipts.items())}))
 
     def restore(self, text: str) -> None:
         """Read what `keep` told.

@@ -142,6 +142,11 @@ class LocalSpec(Table):
     clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     """C. Noise needs it; plain training clips per unit where it is given, which helps against wrong labels."""
 
+    @property
+    def expected_batch(self) -> float:
+        """q·E, the expected Poisson sample: what sums of gradients are divided by, from public constants alone."""
+        return self.sampling_rate * self.expected_records
+
 
 class ServerSpec(Table):
     """The server optimiser on the mean update (Reddi et al. 2021, Algorithm 2)."""

@@ -382,7 +382,7 @@ def _sgd_steps(plan: Plan, noise_multiplier: float) -> float:
     total, squares = _momentum_weights(local)
     if local.clip_norm is None:
         return _PLAIN_GRADIENT * total
-    deviation = noise_multiplier * local.clip_norm / (local.sampling_rate * local.expected_records)
+    deviation = noise_multiplier * local.clip_norm / local.expected_batch
     return _SIGNAL_MARGIN * local.clip_norm * total + _deviations(plan) * deviation * math.sqrt(squares)
 
 

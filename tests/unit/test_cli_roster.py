@@ -3,67 +3,27 @@
 from __future__ import annotations
 
 import json
-import signal
 import stat
-import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from accord_shared import cli, cli_roster
+from accord_shared import cli_roster
 from accord_shared.identity import Identity, Member
 from accord_shared.roster import SignedRoster
+from command_line import Done, Run, accord_command, ok, refused
+
+__all__ = ["accord_command"]
 
 (ENTRY,) = entry_points(group="accord.commands", name="roster")
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(accord_command: Callable[..., Run]) -> Run:
     """`accord roster …` in an empty folder, in this process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(cli_roster.PASSPHRASE, raising=False)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli, "entry_points", lambda **_: [ENTRY])
-    commands = {"registered_groups": cli.app.registered_groups, "registered_commands": cli.app.registered_commands}
-
-    def runner(*words: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["accord", "roster", *words])
-        for kind in ("registered_groups", "registered_commands"):  # `main` registers into the one app
-            monkeypatch.setattr(cli.app, kind, list(commands[kind]))
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        code = ended.value.code
-        return Done(code if isinstance(code, int) else 0, out, err)
-
-    return runner
-
-
-def refused(done: Done, *words: str) -> None:
-    """One clear line, exit code 2."""
-    assert done.code == 2
-    assert done.err.startswith("accord: ")
-    assert done.err.count("\n") == 1
-    assert not [word for word in words if word not in done.err], done.err
-    assert "Traceback" not in done.err
-
-
-def ok(done: Done) -> str:
-    assert done.code == 0, done.err
-    assert done.err == ""
-    return done.out
+    return accord_command(ENTRY, "roster")
 
 
 def members(run: Run, *numbers: int) -> list[str]:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from accord_client.ledger import chain
 from accord_client.ledger.entries import DataSet, Limits
 from accord_client.store import SiteStore
-from accord_shared import cli, cli_roster
+from accord_shared import cli_roster
 from accord_shared.dp.accounting import epsilon
 from accord_shared.dp.events import SampledGaussian
 from accord_shared.identity import Identity
+from command_line import Done, Run, accord_command, ok, refused
+
+__all__ = ["accord_command"]
 
 (ENTRY,) = entry_points(group="accord.commands", name="site")
 PLAN = "a" * 64
@@ -27,50 +28,10 @@ EVENT = SampledGaussian(5.0, 1.0, 1)
 ME = Identity.from_seeds(b"\x01" * 32, b"\x02" * 32)
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(accord_command: Callable[..., Run]) -> Run:
     """`accord site ledger …` in an empty folder, in this process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(cli_roster.PASSPHRASE, raising=False)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli, "entry_points", lambda **_: [ENTRY])
-    commands = {"registered_groups": cli.app.registered_groups, "registered_commands": cli.app.registered_commands}
-
-    def runner(*words: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["accord", "site", "ledger", *words])
-        for kind in ("registered_groups", "registered_commands"):  # `main` registers into the one app
-            monkeypatch.setattr(cli.app, kind, list(commands[kind]))
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        code = ended.value.code
-        return Done(code if isinstance(code, int) else 0, out, err)
-
-    return runner
-
-
-def refused(done: Done, *words: str) -> None:
-    """One clear line, exit code 2."""
-    assert done.code == 2
-    assert done.err.startswith("accord: ")
-    assert done.err.count("\n") == 1
-    assert not [word for word in words if word not in done.err], done.err
-    assert "Traceback" not in done.err
-
-
-def ok(done: Done) -> str:
-    assert done.code == 0, done.err
-    assert done.err == ""
-    return done.out
+    return accord_command(ENTRY, "site", "ledger")
 
 
 def facts(done: Done) -> Any:
@@ -131,8 +92,8 @@ def test_verify(run: Run, store: SiteStore) -> None:
     data = path.read_bytes()
     at = data.index(b'"noise_multiplier":5.0')
     path.write_bytes(data[: at + 19] + b"9" + data[at + 20 :])
-    for command in ("verify", "show", "export"):
-        done = run(command, "--folder", "site", "--json")
+    for verb in ("verify", "show", "export"):
+        done = run(verb, "--folder", "site", "--json")
         refused(done, "is not what was written")
         assert done.out == ""
 

@@ -315,7 +315,7 @@ def update_unit(plan: Plan) -> float:
     local = plan.local
     if plan.privacy.noise == "participant":
         return 1.0
-    return local.learning_rate / (local.sampling_rate * local.expected_records)
+    return local.learning_rate / local.expected_batch
 
 
 def default_bound(plan: Plan) -> float:
@@ -327,9 +327,8 @@ def default_bound(plan: Plan) -> float:
     local, clip = plan.local, plan.local.clip_norm or 0.0
     if plan.privacy.noise == "participant":
         return clip
-    expected = local.sampling_rate * local.expected_records
-    counted = 1.5 * plan.evaluation.released_fraction * expected
-    return max(4.0 * math.sqrt(expected) + 4.0, counted) * clip * update_unit(plan)
+    counted = 1.5 * plan.evaluation.released_fraction * local.expected_batch
+    return max(4.0 * math.sqrt(local.expected_batch) + 4.0, counted) * clip * update_unit(plan)
 
 
 def _ceil(value: Fraction) -> Fraction:
