@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_shared.errors import AccordError, BadInput, OutputError, PlanError, RosterError
+from accord_shared.errors import AccordError, OutputError, PlanError, RosterError
 
 if TYPE_CHECKING:
     from accord_shared.identity import Identity
@@ -203,40 +202,17 @@ def _refuse_existing(path: Path) -> None:
         raise OutputError(f"{path} exists already and is not overwritten")
 
 
-def _passphrase() -> bytes | None:
-    return os.environ.get(PASSPHRASE, "").encode("utf-8", "surrogateescape") or None
-
-
 def read_key(path: Path) -> Identity:
-    """An identity's private keys.
+    """An identity's private keys; see `keyfile.read_identity`."""
+    from accord_shared.service.keyfile import read_identity
 
-    Raises:
-        IdentityError: not an identity, or the passphrase does not fit; the file is named.
-    """
-    from accord_shared.identity import Identity
-
-    try:
-        return Identity.from_pem(path.read_bytes(), _passphrase())
-    except BadInput as error:
-        raise type(error)(f"{path}: {error} ({PASSPHRASE} holds the passphrase)") from None
+    return read_identity(path)
 
 
 @contextmanager
 def _new_key(path: Path, key: Identity) -> Iterator[None]:
-    """Write a new key file of mode 0600; it goes again if the command then fails.
+    """Write a new key file of mode 0600; it goes again if the command then fails."""
+    from accord_shared.service.keyfile import new_private, passphrase
 
-    Its name is taken first, so that no two commands write one file.
-    """
-    from accord_shared.files import write_atomic
-
-    pem = key.to_pem(_passphrase())
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except FileExistsError:
-        raise OutputError(f"{path} exists already: a private key is never overwritten") from None
-    try:
-        write_atomic(path, pem, mode=0o600)
+    with new_private(path, key.to_pem(passphrase())):
         yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise

@@ -45,6 +45,14 @@ class IdentityError(BadInput):
     """A private key file cannot be read or written as asked; the message never tells what is in it."""
 
 
+class SettingsError(BadInput):
+    """A file of settings or a policy is malformed or contradicts itself."""
+
+
+class NotRunning(BadInput):
+    """The daemon or agent that a command speaks to is not there."""
+
+
 class MissingExtra(BadInput):
     """A command needs an optional dependency that is not installed."""
 
@@ -71,6 +79,38 @@ class LedgerDamaged(PrivacyError):
 
 class LedgerRolledBack(PrivacyError):
     """The privacy ledger is an old copy, or continued from one: a witness saw entries that it lacks."""
+
+
+class PolicyRefused(Refused):
+    """The site's policy does not allow what a plan asks."""
+
+
+class PlanNotApproved(Refused):
+    """The site's operator has not approved this plan yet."""
+
+
+class SitePaused(Refused):
+    """The site's operator has paused it."""
+
+
+class ClockSkew(Refused):
+    """The clocks of site and coordinator differ too much."""
+
+
+class EnrolmentRefused(Refused):
+    """A token is wrong, used, expired, or not for this site."""
+
+
+class NotAdmitted(Refused):
+    """The coordinator does not know this site, has not approved it yet, or has revoked it."""
+
+
+class ImpostorError(Refused):
+    """A peer is not who it should be: certificate, fingerprint or signature do not fit."""
+
+
+class AuditDamaged(Refused):
+    """The audit log is not what was written."""
 
 
 class UnknownMechanism(PrivacyError):
@@ -111,6 +151,10 @@ class RoundAborted(Aborted):
     """Too few participants finished a round; nothing of it was used."""
 
 
+class Unreachable(Aborted):
+    """Nobody answers at an address; trying again may help."""
+
+
 class Interrupted(AccordError):
     """The user or the system asked to stop; the run can be resumed."""
 
@@ -138,9 +182,13 @@ REFUSALS: dict[str, type[AccordError]] = {
         OutputError,
         MissingExtra,
         PlanError,
+        PolicyRefused,
+        PlanNotApproved,
+        SitePaused,
+        ClockSkew,
     )
 }
 """Refusals that a site may send to the coordinator by name."""
 
-REFUSALS_IN_WORDS = (ProtocolError, BudgetExhausted, PlanError)
+REFUSALS_IN_WORDS = (ProtocolError, BudgetExhausted, PlanError, PolicyRefused, PlanNotApproved, SitePaused, ClockSkew)
 """Those whose one line speaks of public things alone and may go with the name."""

@@ -32,6 +32,8 @@ class Enquiry:
     """Empty where the plan does without secure aggregation."""
     receipt: bytes = b""
     """To a site whose ledger went back: the newest receipt that the coordinator has of it."""
+    plan_signature: str = ""
+    """JSON of the plan's `PlanSignature`; empty where sites ask for none."""
 
 
 @dataclass(frozen=True)

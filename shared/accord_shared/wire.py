@@ -27,6 +27,7 @@ _BUNDLES = dict.fromkeys(("bundle", "bundles", "next_bundle"), 256)
 _LONGEST = {
     "plan_json": 4 << 20,
     "reason": 300,
+    "plan_signature": 1 << 14,
     "receipt": 1 << 16,
     "sealed": 1 << 20,
     "shares": 1 << 20,

@@ -1,0 +1,239 @@
+"""The coordinator's end of Flower: admits nodes, starts runs, and takes their trips, over the SuperLink's Unix socket.
+
+These are Flower's internal modules (flwr is pinned; `tests/contract` guards what is used). The coordinator is its own
+executor: it acquires the task of a run that it started itself, so that no bundle is ever unpacked or imported here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from flwr.app import Message
+from flwr.app.error import Error
+from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
+from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import fab_to_proto, run_from_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.interceptors.http.superexec_auth import SuperExecAuthHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClient, ProtobufRequestContext
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid import HttpGrid
+
+from accord_server.superlink import SuperLinkSettings
+from accord_shared.errors import Aborted
+
+log = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=ProtobufClient)
+PULL_BACKOFF_S = 0.02
+"""First pause where a message is announced before its objects are there; Flower's own is 1 s."""
+ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+
+
+class SuperLink:
+    """Commands of the coordinator to its own SuperLink.
+
+    Raises from every call `httpx.HTTPError` where the process is gone.
+    """
+
+    def __init__(self, settings: SuperLinkSettings) -> None:
+        self._settings = settings
+        token = settings.control_token.get_secret_value()
+        self._control = _client(ControlHttpClient, settings.socket, _Bearer(token))
+
+    def is_ready(self) -> bool:
+        """Whether the process answers."""
+        try:
+            self._control.ListNodes(ListNodesRequest())
+        except (httpx.HTTPError, OSError):
+            return False
+        return True
+
+    def nodes(self) -> dict[bytes, int]:
+        """Node of each public key that is admitted."""
+        listed = self._control.ListNodes(ListNodesRequest()).nodes_info
+        return {bytes(node.public_key): node.node_id for node in listed if node.status != "unregistered"}
+
+    def admit(self, public_key: bytes) -> int:
+        """Let the holder of a key (PEM, a NIST curve) connect as a node; its id. Repeated it changes nothing."""
+        known = self.nodes().get(public_key)
+        if known is not None:
+            return known
+        return int(self._control.RegisterNode(RegisterNodeRequest(public_key=public_key)).node_id)
+
+    def expel(self, public_key: bytes) -> None:
+        """Refuse the holder of a key from its next request on."""
+        known = self.nodes().get(public_key)
+        if known is not None:
+            self._control.UnregisterNode(UnregisterNodeRequest(node_id=known))
+
+    def stop_run(self, flower_run: int) -> None:
+        """End one of Flower's runs, and what it still has in the sites' mailboxes; ended ones are left alone."""
+        with suppress(httpx.HTTPStatusError):
+            self._control.StopRun(StopRunRequest(run_id=flower_run))
+
+    @contextmanager
+    def run(self, on_started: Any = lambda _: None) -> Iterator[FastGrid]:
+        """Start a Flower run and be its executor; `on_started` is told its number before anything is sent.
+
+        Raises:
+            Aborted: Flower does not hand the run out.
+        """
+        started = self._control.StartRun(StartRunRequest(fab=fab_to_proto(_bundle())))
+        if not started.run_id:
+            raise Aborted("Flower did not start a run")
+        on_started(started.run_id)
+        grid = FastGrid(self._settings.socket, self._acquire(started.run_id))
+        client = grid._runtime_client
+        heartbeat = HeartbeatSender(lambda: _beat(client))
+        heartbeat.start()
+        status, details = SubStatus.FAILED, "the coordinator stopped"
+        try:
+            task = client.PullTaskInput(PullTaskInputRequest())
+            if task.run.run_id != started.run_id:
+                raise Aborted("Flower handed out another run than the coordinator's")
+            grid.set_run(run_from_proto(task.run))
+            yield grid
+            status, details = SubStatus.COMPLETED, ""
+        finally:
+            with suppress(Exception):
+                heartbeat.stop()
+            with suppress(httpx.HTTPError, OSError):
+                client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
+            self.stop_run(started.run_id)
+            grid.close()
+
+    def _acquire(self, flower_run: int) -> str:
+        """Token of the task of our run. Tasks of other runs are taken too, and never run."""
+        secret = bytes.fromhex(self._settings.superexec_secret.get_secret_value())
+        sign = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})
+        executor = _client(RuntimeHttpClient, self._settings.socket, _version(), sign)
+        for _ in range(100):
+            task = executor.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+            if not task.token:
+                break
+            if task.task.run_id == flower_run:
+                return str(task.token)
+            log.warning("a run that the coordinator did not start is left alone: %d", task.task.run_id)
+        raise Aborted("Flower did not hand out the run")
+
+
+class FastGrid(HttpGrid):
+    """Flower's grid over the Unix socket, which does not wait a second for objects that are milliseconds late."""
+
+    def __init__(self, socket: Path, token: str) -> None:
+        super().__init__("superlink", insecure=True, token=token)
+        self._socket = socket
+
+    def _connect(self) -> None:
+        token = RuntimeTokenHttpInterceptor(token=self._token)
+        self._client = _client(RuntimeHttpClient, self._socket, _version(), token)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies to these messages that are there, each with its content; one whose content is lost is an error."""
+        answer = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(message_ids)))
+        return [
+            self._inflate(message.metadata, tree)
+            for message, tree in zip(answer.messages_list, answer.message_object_trees, strict=True)
+        ]
+
+    def _inflate(self, metadata: Any, tree: Any) -> Message:
+        client, run = self._runtime_client, self.run.run_id
+        pull = make_pull_object_fn_protobuf(pull_object_protobuf=client.PullObject, node=self.node, run_id=run)
+        try:
+            contents = pull_objects(
+                [item.object_id for item in iterate_object_tree(tree)], pull, initial_backoff=PULL_BACKOFF_S
+            )
+        except ObjectPullError as error:
+            return _lost(run, metadata.reply_to_message_id, str(error))
+        received = ConfirmMessageReceivedRequest(node=self.node, run_id=run, message_object_id=metadata.message_id)
+        client.ConfirmMessageReceived(received)
+        message = inflate_object_from_contents(metadata.message_id, contents)
+        if not isinstance(message, Message):
+            return _lost(run, metadata.reply_to_message_id, "not a message")
+        message.metadata.__dict__["_message_id"] = metadata.message_id
+        return message
+
+
+def _lost(run: int, reply_to: str, reason: str) -> Message:
+    metadata = Metadata(
+        run_id=run,
+        message_id="",
+        src_node_id=1,
+        dst_node_id=1,
+        reply_to_message_id=reply_to,
+        group_id="",
+        created_at=0.0,
+        ttl=0.0,
+        message_type="system",
+    )
+    return make_message(metadata=metadata, error=Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason=reason))
+
+
+@cache
+def _bundle() -> Fab:
+    """The bundle without logic that Flower wants (`flower_app/`)."""
+    folder = files("accord_server") / "flower_app"
+    content = {name: (folder / name).read_bytes() for name in ("pyproject.toml", "app.py")}
+    fab, _ = build_fab_from_files(content)
+    return Fab("", fab, {})
+
+
+class _Bearer:
+    """Shows the coordinator's token."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        context.request.headers["authorization"] = f"Bearer {self._token}"
+        return call_next(context)
+
+
+def _version() -> RuntimeVersionHttpInterceptor:
+    return RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
+
+
+def _client(kind: type[C], socket: Path, *interceptors: Any) -> C:
+    client = kind("http://superlink", interceptors=interceptors, retry_invoker=None)
+    client._client = httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), timeout=30.0)
+    return client
+
+
+def _beat(client: RuntimeHttpClient) -> bool:
+    """A sign of life of the run; a miss is not the end."""
+    try:
+        return bool(client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+    except httpx.HTTPError:
+        return False
