@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from accord_shared import cli_roster
 from accord_shared.identity import Identity, Member
 from accord_shared.roster import SignedRoster
 from command_line import Done, Run, accord_command, ok, refused
@@ -168,22 +167,22 @@ def test_a_failed_write_leaves_no_key(run: Run, monkeypatch: pytest.MonkeyPatch)
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "disk")
 
-    monkeypatch.setattr("accord_shared.files.write_atomic", full)
+    monkeypatch.setattr("accord_shared.service.keyfile.write_atomic", full)
     refused(run("identity", "x", "--out", "x.pem"), "No space left")
     assert list(Path.cwd().iterdir()) == []
 
 
 def test_a_passphrase_encrypts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cli_roster.PASSPHRASE, "correct horse")
+    monkeypatch.setenv("ACCORD_PASSPHRASE", "correct horse")
     ok(init(run))
     ok(run("add", "roster.json", *members(run, 1, 2)))
     assert Path("key.pem").read_bytes().count(b"BEGIN ENCRYPTED PRIVATE KEY") == 2
     ok(run("sign", "roster.json", "--key", "key.pem"))
-    monkeypatch.setenv(cli_roster.PASSPHRASE, "battery staple")
+    monkeypatch.setenv("ACCORD_PASSPHRASE", "battery staple")
     done = run("sign", "roster.json", "--key", "key.pem")
     refused(done, "key.pem", "passphrase is wrong")
     assert "battery" not in done.err + done.out
-    monkeypatch.setenv(cli_roster.PASSPHRASE, "")
+    monkeypatch.setenv("ACCORD_PASSPHRASE", "")
     refused(run("sign", "roster.json", "--key", "key.pem"), "no passphrase is given")
 
 

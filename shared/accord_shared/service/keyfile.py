@@ -46,15 +46,22 @@ def read_private(path: Path) -> bytes:
     Raises:
         IdentityError: it is not there, or others can read it.
     """
+    data, mode = _read(path)
+    _refuse_open(path, mode)
+    return data
+
+
+def _read(path: Path) -> tuple[bytes, int]:
     try:
         with path.open("rb") as file:
-            found = os.fstat(file.fileno())
-            data = file.read()
+            return file.read(), stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     except OSError as error:
         raise IdentityError(f"{path} cannot be read: {error.strerror}") from None
-    if stat.S_IMODE(found.st_mode) & 0o077:
+
+
+def _refuse_open(path: Path, mode: int) -> None:
+    if mode & 0o077:
         raise IdentityError(f"{path} can be read by others: chmod 600 it, and hold its key for exposed")
-    return data
 
 
 @contextmanager
@@ -86,10 +93,13 @@ def read_identity(path: Path) -> Identity:
     Raises:
         IdentityError: not an identity, open to others, or the passphrase does not fit; the file is named.
     """
+    data, mode = _read(path)
     try:
-        return Identity.from_pem(read_private(path), passphrase())
+        identity = Identity.from_pem(data, passphrase())
     except BadInput as error:
         raise IdentityError(f"{path}: {error} ({PASSPHRASE} holds the passphrase)") from None
+    _refuse_open(path, mode)
+    return identity
 
 
 def new_tls_key() -> EllipticCurvePrivateKey:
