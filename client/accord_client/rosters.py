@@ -1,0 +1,157 @@
+"""The roster that a site trusts: the first by its operator's comparison, later ones by a quorum of members."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from accord_client.settings import SiteFolder
+from accord_shared.errors import AccordError, BadInput, ProtocolError, RosterError, SettingsError
+from accord_shared.files import write_atomic
+from accord_shared.identity import Identity
+from accord_shared.roster import Roster, SignedRoster
+from accord_shared.signatures import Endorsement, quorum
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What became of a roster: adopted, or how many endorsements of how many it has."""
+
+    adopted: bool
+    endorsed: int
+    needed: int
+
+
+class RosterBook:
+    """The accepted roster in a site's folder.
+
+    A later roster needs the same federation and roster key, a greater serial, and endorsements of
+    `quorum(accepted)` members of the accepted roster. Whoever holds the roster key alone can so invent no members.
+    """
+
+    def __init__(self, folder: SiteFolder, identity: Identity, name: str, federation: str) -> None:
+        self._path = folder.roster
+        self._identity = identity
+        self._name = name
+        self._federation = federation
+
+    @property
+    def accepted(self) -> SignedRoster | None:
+        """The accepted roster; its signatures are checked again.
+
+        Raises:
+            SettingsError: the file is damaged.
+        """
+        try:
+            signed = SignedRoster.from_json(self._path.read_bytes())
+            signed.verify()
+        except FileNotFoundError:
+            return None
+        except (OSError, RosterError) as error:
+            raise SettingsError(f"{self._path} is damaged: {error}") from None
+        return signed
+
+    @property
+    def roster(self) -> Roster | None:
+        """The accepted roster itself."""
+        accepted = self.accepted
+        return None if accepted is None else accepted.roster
+
+    @property
+    def hash(self) -> str:
+        """Its hash, or empty."""
+        roster = self.roster
+        return "" if roster is None else roster.hash
+
+    def check(self, offered: SignedRoster) -> None:
+        """Could this roster follow the accepted one?
+
+        Raises:
+            RosterError: a signature, the federation, the roster key or the serial does not fit, or this site is not on
+                it with its keys.
+        """
+        roster = offered.verify()
+        if roster.federation != self._federation:
+            raise RosterError(f"the roster is of federation {roster.federation!r}, this site of {self._federation!r}")
+        self._check_own_entry(roster)
+        accepted = self.accepted
+        if accepted is None or accepted.roster.hash == roster.hash:
+            return
+        if offered.key != accepted.key:
+            raise RosterError(
+                f"the roster is signed by key {offered.key.fingerprint[:16]}…, not by that of the accepted roster, "
+                f"{accepted.key.fingerprint[:16]}…"
+            )
+        if roster.serial <= accepted.roster.serial:
+            raise RosterError(
+                f"the serial {roster.serial} of the roster is not above the accepted, {accepted.roster.serial}"
+            )
+
+    def _check_own_entry(self, roster: Roster) -> None:
+        try:
+            mine = roster.member(self._name)
+        except ProtocolError:
+            raise RosterError(f"this site, {self._name!r}, is not on the roster") from None
+        if mine != self._identity.public(self._name):
+            raise RosterError(f"the roster has other keys for {self._name!r} than this site holds")
+
+    def endorse(self, wanted: str, offered: SignedRoster) -> Endorsement:
+        """The operator compared the hash `wanted` out of band: this site's signed word for it.
+
+        Raises:
+            BadInput: what is offered has another hash.
+            RosterError: see `check`.
+        """
+        if wanted.lower() != offered.roster.hash:
+            raise BadInput(f"the coordinator offers roster {offered.roster.hash}, not {wanted[:64]}")
+        self.check(offered)
+        made = Endorsement(federation=self._federation, roster=offered.roster.hash, name=self._name)
+        return made.signed(self._identity)
+
+    def accept(self, wanted: str, offered: SignedRoster, endorsements: Iterable[Endorsement]) -> Acceptance:
+        """Adopt the first roster at once, a later one if enough members endorse it, this site included.
+
+        Raises:
+            BadInput, RosterError: see `endorse`.
+        """
+        own = self.endorse(wanted, offered)
+        if self.accepted is None:
+            self._adopt(offered)
+            return Acceptance(adopted=True, endorsed=0, needed=0)
+        return self.adopt_by_quorum(offered, [*endorsements, own])
+
+    def adopt_by_quorum(self, offered: SignedRoster, endorsements: Iterable[Endorsement]) -> Acceptance:
+        """Adopt a later roster if enough members of the accepted one endorse it; never the first.
+
+        Raises:
+            RosterError: see `check`.
+        """
+        self.check(offered)
+        accepted = self.roster
+        if accepted is None:
+            return Acceptance(adopted=False, endorsed=0, needed=0)
+        needed = quorum(accepted)
+        if offered.roster.hash == accepted.hash:
+            return Acceptance(adopted=True, endorsed=needed, needed=needed)
+        endorsed = len(self._endorsers(accepted, offered.roster.hash, endorsements))
+        if endorsed >= needed:
+            self._adopt(offered)
+        return Acceptance(adopted=endorsed >= needed, endorsed=endorsed, needed=needed)
+
+    def _endorsers(self, accepted: Roster, wanted: str, endorsements: Iterable[Endorsement]) -> set[str]:
+        """Names of members of the accepted roster whose word holds; anything else does not count."""
+        names: set[str] = set()
+        for endorsement in endorsements:
+            if endorsement.roster != wanted or endorsement.federation != self._federation:
+                continue
+            try:
+                names.add(endorsement.verify(accepted).name)
+            except AccordError as error:
+                log.warning("an endorsement does not count: %s", error)
+        return names
+
+    def _adopt(self, offered: SignedRoster) -> None:
+        write_atomic(self._path, offered.to_json().encode(), mode=0o600)
