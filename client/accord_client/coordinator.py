@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grpc
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from accord_client.enrolment import Enrolment
 from accord_client.keystore import Keys, read_authorities
@@ -30,6 +33,7 @@ from accord_shared.service import rpc
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc
 from accord_shared.signatures import Endorsement, SignedModel
+from accord_shared.vectors import Vector, check_finite, check_length
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +53,16 @@ class Greeting:
     skew_s: float
     """How far this site's clock is ahead of the coordinator's."""
 
-    def check_skew(self, most_s: float) -> None:
-        """Compare the clocks.
 
-        Raises:
-            ClockSkew: they differ by more.
-        """
-        if abs(self.skew_s) > most_s:
-            where = "ahead of" if self.skew_s > 0 else "behind"
-            raise ClockSkew(f"this site's clock is {abs(self.skew_s):.0f} s {where} the coordinator's")
+def check_skew(skew_s: float, most_s: float) -> None:
+    """Compare the clocks; `skew_s` is how far this site's is ahead.
+
+    Raises:
+        ClockSkew: they differ by more than `most_s`.
+    """
+    if abs(skew_s) > most_s:
+        where = "ahead of" if skew_s > 0 else "behind"
+        raise ClockSkew(f"this site's clock is {abs(skew_s):.0f} s {where} the coordinator's")
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,25 @@ class FetchedModel:
     document: SignedModel
     plan: Plan
     tensors: Path
-    """A safetensors file."""
+    """A safetensors file with one tensor, `weights` [P] float32."""
+
+    def weights(self, dimension: int) -> Vector:
+        """The joint weights [P].
+
+        Raises:
+            ProtocolError: the file holds something else, or another number of them.
+            NonFinite: NaN or infinity.
+        """
+        try:
+            tensors = load_file(self.tensors)
+        except (SafetensorError, OSError):
+            tensors = {}
+        weights = tensors.get("weights")
+        if set(tensors) != {"weights"} or weights is None or weights.dtype != np.float32 or weights.ndim != 1:
+            raise ProtocolError("the model's tensors file does not hold one vector of float32")
+        check_length(weights, dimension)
+        check_finite(weights, "the model's weights")
+        return weights
 
 
 class CoordinatorClient:

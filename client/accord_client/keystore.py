@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
@@ -32,6 +32,7 @@ from accord_shared.service.keyfile import (
 from accord_shared.service.rpc import KeyPair, private_folder
 
 MOST_AUTHORITIES = 8
+WARN_DAYS = 30
 _MOST_PEM = 64 * 1024
 
 
@@ -190,6 +191,15 @@ def _finish_renewal(folder: SiteFolder) -> None:
 def _request(key: EllipticCurvePrivateKey, name: str) -> bytes:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     return x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, SHA256()).public_bytes(Encoding.DER)
+
+
+def expiry_warning(expires: datetime) -> str | None:
+    """A line, from 30 days before the certificate expires."""
+    left = expires - datetime.now(UTC)
+    if left > timedelta(days=WARN_DAYS):
+        return None
+    when = f"{expires:%Y-%m-%d %H:%M} UTC"
+    return f"the certificate expires on {when}" if left > timedelta() else f"the certificate expired on {when}"
 
 
 # --- what a coordinator sends

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from accord_shared.errors import BadInput, PlanError, PlanNotApproved, PolicyRefused, SettingsError
 from accord_shared.files import write_atomic
 from accord_shared.plan import Plan, Table, first_problem
+from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.rpc import private_folder
 
 PlanState = Literal["waiting", "approved", "refused"]
@@ -48,7 +49,23 @@ class PlanRecord(Table):
     @property
     def detail(self) -> str:
         """Why it is refused, or what it asks of the site, in one line."""
-        return self.problem if self.problem is not None else _asks(Plan.from_json(self.plan))
+        return self.problem if self.problem is not None else _asks(self.parsed)
+
+    @property
+    def parsed(self) -> Plan:
+        """The plan itself."""
+        return Plan.from_json(self.plan)
+
+    def info(self) -> pb.PlanInfo:
+        """The same for the local API."""
+        return pb.PlanInfo(
+            hash=self.hash,
+            plan=self.plan,
+            state=self.state,
+            detail=self.detail,
+            seen_us=self.seen_us,
+            signer=self.signer,
+        )
 
 
 def _asks(plan: Plan) -> str:

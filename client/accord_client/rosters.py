@@ -24,6 +24,10 @@ class Acceptance:
     endorsed: int
     needed: int
 
+    def facts(self) -> dict[str, bool | int]:
+        """For `--json`."""
+        return {"adopted": self.adopted, "endorsed": self.endorsed, "needed": self.needed}
+
 
 class RosterBook:
     """The accepted roster in a site's folder.
@@ -136,10 +140,17 @@ class RosterBook:
         needed = quorum(accepted)
         if offered.roster.hash == accepted.hash:
             return Acceptance(adopted=True, endorsed=needed, needed=needed)
-        endorsed = len(self._endorsers(accepted, offered.roster.hash, endorsements))
+        endorsed, needed = self.endorsed(offered, endorsements)
         if endorsed >= needed:
             self._adopt(offered)
         return Acceptance(adopted=endorsed >= needed, endorsed=endorsed, needed=needed)
+
+    def endorsed(self, offered: SignedRoster, endorsements: Iterable[Endorsement]) -> tuple[int, int]:
+        """How many members of the accepted roster endorse this one, and how many must (0: none is accepted yet)."""
+        accepted = self.roster
+        if accepted is None:
+            return 0, 0
+        return len(self._endorsers(accepted, offered.roster.hash, endorsements)), quorum(accepted)
 
     def _endorsers(self, accepted: Roster, wanted: str, endorsements: Iterable[Endorsement]) -> set[str]:
         """Names of members of the accepted roster whose word holds; anything else does not count."""

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -16,8 +16,9 @@ from accord_shared.plan import Table, first_problem, read_toml
 from accord_shared.service.rpc import private_folder
 from accord_shared.service.token import entity_name
 
-DEFAULT_FOLDER = Path("accord-site")
-FOLDER_VARIABLE = "ACCORD_SITE_FOLDER"
+if TYPE_CHECKING:
+    from accord_client.trainer import Runtime
+
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 T = TypeVar("T", bound=Table)
 
@@ -132,6 +133,23 @@ class DeviceSettings(Table):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of torch (None: torch's own choice)."""
+
+    def runtime(self) -> Runtime:
+        """What these settings are on this machine. Threads are set for the whole process.
+
+        Raises:
+            SettingsError: there is no GPU where one is asked for.
+        """
+        import torch
+
+        from accord_client.trainer import Runtime
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        found = torch.cuda.is_available()
+        if self.device == "cuda" and not found:
+            raise SettingsError('device.device = "cuda", but torch finds no GPU here')
+        return Runtime(device="cuda" if found and self.device != "cpu" else "cpu")
 
 
 class AgentSettings(Table):

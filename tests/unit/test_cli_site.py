@@ -38,6 +38,11 @@ def facts(done: Done) -> Any:
     return json.loads(ok(done).splitlines()[-1])
 
 
+def private(name: str, data: bytes) -> None:
+    Path(name).write_bytes(data)
+    Path(name).chmod(0o600)
+
+
 def release(store: SiteStore, *numbers: int, plan: str = PLAN, dataset: str = "loans") -> None:
     for number in numbers:
         store.release(plan, number, "m", None, EVENT, dataset=dataset)
@@ -121,7 +126,7 @@ def test_recover(run: Run, store: SiteStore) -> None:
     chain.close_all()
     shutil.copytree("site", "old")
     release(store, 3)
-    Path("me.pem").write_bytes(ME.to_pem(None))
+    private("me.pem", ME.to_pem(None))
     Path("receipt.json").write_text(store.ledger.receipt("site", ME).to_json())
     words = ("--receipt", "receipt.json", "--identity", "me.pem")
     for folder, imported in (("old", True), ("old", False), ("site", False), ("new disk", True)):
@@ -134,7 +139,7 @@ def test_recover(run: Run, store: SiteStore) -> None:
 
 def test_recover_takes_no_stranger_s_receipt(run: Run, store: SiteStore) -> None:
     stranger = Identity.generate()
-    Path("me.pem").write_bytes(ME.to_pem(None))
+    private("me.pem", ME.to_pem(None))
     Path("receipt.json").write_text(store.ledger.receipt("site", stranger).to_json())
     words = ("--receipt", "receipt.json", "--identity", "me.pem")
     refused(run("recover", "--folder", "new", *words), "does not verify")
@@ -142,6 +147,6 @@ def test_recover_takes_no_stranger_s_receipt(run: Run, store: SiteStore) -> None
     refused(run("recover", "--folder", "new", *words), "not a receipt")
     refused(run("recover", "--folder", "new", "--receipt", "absent", "--identity", "me.pem"), "absent")
     Path("receipt.json").write_text(store.ledger.receipt("site", ME).to_json())
-    Path("me.pem").write_bytes(ME.to_pem(b"secret"))
+    private("me.pem", ME.to_pem(b"secret"))
     refused(run("recover", "--folder", "new", *words), "me.pem", cli_roster.PASSPHRASE)
     assert not Path("new").exists()

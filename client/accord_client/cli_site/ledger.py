@@ -1,4 +1,4 @@
-"""`accord site`: what an operator asks of its own site. Nothing here prints a secret or a record."""
+"""`accord site ledger`: what was spent, proof that nothing was forgotten, and the way back from an old copy."""
 
 from __future__ import annotations
 
@@ -9,33 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, Json
 from accord_shared.errors import BadInput
 
 if TYPE_CHECKING:
     from accord_client.ledger.balance import Balance
     from accord_client.ledger.ledger import Ledger
 
-site_app = typer.Typer(help="Run and inspect one institution's site.", no_args_is_help=True)
 ledger_app = typer.Typer(
     help="The privacy ledger: what was spent of each data set, and proof that nothing was forgotten.",
     no_args_is_help=True,
 )
-site_app.add_typer(ledger_app, name="ledger")
-
-_Folder = Annotated[Path, typer.Option(help="The site's folder, which holds ledger.db.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add `accord site` to `accord`."""
-    app.add_typer(site_app, name="site")
 
 
 @ledger_app.command()
 def show(
-    folder: _Folder,
+    folder: Folder = DEFAULT_FOLDER,
     delta: Annotated[float, typer.Option(help="For data sets without limits, whose delta is used otherwise.")] = 1e-5,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """What was spent of each data set, its limits, and the releases by plan."""
     if not 0 < delta < 1:
@@ -46,7 +37,7 @@ def show(
 
 
 @ledger_app.command()
-def verify(folder: _Folder, as_json: _Json = False) -> None:
+def verify(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
     """Check every entry against the hash before it. Damage ends with exit code 2."""
     facts = {**_head(_ledger(folder).verify()), "sound": True}
     text = f"sound: {facts['entries']} entries, the newest is number {facts['seq']}, {facts['head']}"
@@ -55,9 +46,9 @@ def verify(folder: _Folder, as_json: _Json = False) -> None:
 
 @ledger_app.command()
 def export(
-    folder: _Folder,
+    folder: Folder = DEFAULT_FOLDER,
     out: Annotated[Path | None, typer.Option(help="A file (default: standard output).")] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """All entries, checked, one JSON object a line, oldest first."""
     from accord_shared.files import write_atomic
@@ -72,10 +63,10 @@ def export(
 
 @ledger_app.command()
 def recover(
-    folder: _Folder,
     receipt: Annotated[Path, typer.Option(help="A receipt that a witness kept: the coordinator, or a peer.")],
     identity: Annotated[Path, typer.Option(help="The site's private key, which signed the receipt.")],
-    as_json: _Json = False,
+    folder: Folder = DEFAULT_FOLDER,
+    as_json: Json = False,
 ) -> None:
     """Count what an old copy of the ledger lacks, from a receipt. A ledger that is gone is made anew."""
     from accord_client.ledger.ledger import Ledger

@@ -1,0 +1,152 @@
+"""`accord site up|status|pause|resume|check`: the agent, and how its operator speaks to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, Json, fields, moment, opened, show
+from accord_shared.errors import NotRunning, Refused
+
+if TYPE_CHECKING:
+    from accord_shared.service.pb import accord_pb2 as pb
+
+_Offline = Annotated[bool, typer.Option("--offline", help="Do not contact the coordinator.")]
+CALL_S = 30.0
+
+
+def add_agent_commands(app: typer.Typer) -> None:
+    """Add the commands to `accord site`."""
+    for command in (up, status, pause, resume, check):
+        app.command()(command)
+
+
+@contextmanager
+def agent_stub(path: Path) -> Iterator[Any]:
+    """The agent of a folder. Errors inside are typed.
+
+    Raises:
+        NotRunning: there is none, or it does not answer.
+    """
+    from accord_shared.service.pb import accord_pb2_grpc
+    from accord_shared.service.rpc import local_channel
+
+    with local_channel(opened(path).control, "agent", "the agent") as channel:
+        yield accord_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
+
+
+def up(
+    folder: Folder = DEFAULT_FOLDER,
+    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+) -> None:
+    """Run the site's agent until it is told to stop. It only connects outwards."""
+    from accord_client import agent
+    from accord_shared.service import logs
+
+    site = opened(folder)
+    logs.configure(log_level)
+    agent.run(site.path)
+
+
+def status(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+    """How the site stands, and what it waits for."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    try:
+        with agent_stub(folder) as agent:
+            facts = _facts(agent.Status(pb.Empty(), timeout=CALL_S))
+    except NotRunning:
+        facts = _stopped(folder)
+    show(facts, fields(facts | {"runs": [_run(run) for run in facts["runs"]]}), as_json)
+
+
+def pause(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+    """Answer no further round until `resume`. What runs is finished."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    with agent_stub(folder) as agent:
+        facts = _facts(agent.Pause(pb.Empty(), timeout=CALL_S))
+    show(facts, fields({key: facts[key] for key in ("state", "detail")}), as_json)
+
+
+def resume(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+    """Answer rounds again."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    with agent_stub(folder) as agent:
+        facts = _facts(agent.Resume(pb.Empty(), timeout=CALL_S))
+    show(facts, fields({key: facts[key] for key in ("state", "detail")}), as_json)
+
+
+def check(folder: Folder = DEFAULT_FOLDER, offline: _Offline = False, as_json: Json = False) -> None:
+    """Try everything that a run needs, without a run: exit code 2 if anything fails."""
+    from accord_client.check import check_site
+
+    found = check_site(opened(folder), agent=_running(folder), offline=offline)
+    failed = [one.name for one in found if one.state == "fail"]
+    lines = [f"{one.state:4}  {one.name:14} {one.line}" for one in found]
+    show({"ok": not failed, "checks": [one._asdict() for one in found]}, lines, as_json)
+    if failed:
+        raise Refused(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}")
+
+
+def _running(path: Path) -> pb.AgentStatus | None:
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    try:
+        with agent_stub(path) as agent:
+            status: pb.AgentStatus = agent.Status(pb.Empty(), timeout=CALL_S)
+            return status
+    except NotRunning:
+        return None
+
+
+def _facts(status: pb.AgentStatus) -> dict[str, Any]:
+    return {
+        "name": status.name,
+        "state": status.state,
+        "detail": status.detail,
+        "coordinator": status.coordinator,
+        "skew_s": status.skew_s,
+        "certificate_expires": moment(status.certificate_expires_us),
+        "roster": status.roster,
+        "roster_offered": status.roster_offered,
+        "warnings": list(status.warnings),
+        "runs": [
+            {"run": run.run, "plan_hash": run.plan_hash, "last_round": run.last_round, "releases": run.releases}
+            for run in status.runs
+        ],
+        "process_id": status.process_id,
+    }
+
+
+def _run(run: dict[str, Any]) -> str:
+    return f"{run['run']}: round {run['last_round']}, {run['releases']} releases"
+
+
+def _stopped(path: Path) -> dict[str, Any]:
+    """From the folder alone."""
+    from accord_client.enrolment import Enrolment
+    from accord_client.keystore import Keys, expiry_warning
+    from accord_client.plans import PlanBook
+    from accord_client.rosters import RosterBook
+
+    folder = opened(path)
+    enrolment, keys = Enrolment.read(folder), Keys.load(folder)
+    waiting = [record.hash[:12] for record in PlanBook(folder.plans).records() if record.state == "waiting"]
+    warning = expiry_warning(keys.expires)
+    return {
+        "name": enrolment.name,
+        "state": "stopped",
+        "detail": "the agent is not running: `accord site up` starts it",
+        "coordinator": enrolment.api_address,
+        "certificate_expires": keys.expires.isoformat(timespec="seconds"),
+        "roster": RosterBook(folder, keys.identity, enrolment.name, enrolment.federation).hash,
+        "warnings": [warning] if warning else [],
+        "plans_waiting": waiting,
+        "runs": [],
+    }

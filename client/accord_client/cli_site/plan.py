@@ -1,0 +1,87 @@
+"""`accord site plan`: plans that were offered, and the operator's yes to each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, Json, fields, moment, opened, show
+from accord_shared.errors import NotRunning
+
+if TYPE_CHECKING:
+    from accord_client.plans import PlanBook
+    from accord_shared.service.pb import accord_pb2 as pb
+
+plan_app = typer.Typer(help="Plans that were offered: what they ask for, and whether they may begin.")
+Hash = Annotated[str, typer.Argument(metavar="HASH", help="A plan hash, or at least its first 8 digits.")]
+
+
+@plan_app.command("list")
+def list_plans(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+    """All plans that were ever offered, the newest last."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    plans = _either(
+        folder,
+        lambda agent: list(agent.ListPlans(pb.Empty()).plans),
+        lambda book: [record.info() for record in book.records()],
+    )
+    facts = {"plans": [_facts(plan) for plan in plans]}
+    lines = [f"{plan.hash[:12]}  {plan.state:8}  {_name(plan)}: {plan.detail}" for plan in plans]
+    show(facts, lines or ["no plan was offered yet"], as_json)
+
+
+@plan_app.command("show")
+def show_plan(plan: Hash, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+    """A plan, whole."""
+    from accord_shared.plan import Plan
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    found = _either(folder, lambda agent: agent.ShowPlan(pb.PlanHash(hash=plan)), lambda book: book.find(plan).info())
+    facts = {**_facts(found), "plan": json.loads(found.plan)}
+    show(facts, [*fields(_facts(found)), "", Plan.from_json(found.plan).to_toml()], as_json)
+
+
+@plan_app.command()
+def approve(plan: Hash, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+    """Let this site work on a plan that is within its policy."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    found = _either(
+        folder,
+        lambda agent: agent.ApprovePlan(pb.PlanHash(hash=plan)),
+        lambda book: book.approve(plan).info(),
+    )
+    show(_facts(found), [f"plan {found.hash}: {found.state}"], as_json)
+
+
+def _either(path: Path, by_agent: Callable[[Any], Any], by_book: Callable[[PlanBook], Any]) -> Any:
+    """Ask the agent or, while none runs, the folder."""
+    from accord_client.cli_site.agent import agent_stub
+    from accord_client.plans import PlanBook
+
+    try:
+        with agent_stub(path) as agent:
+            return by_agent(agent)
+    except NotRunning:
+        return by_book(PlanBook(opened(path).plans))
+
+
+def _facts(plan: pb.PlanInfo) -> dict[str, Any]:
+    return {
+        "hash": plan.hash,
+        "name": _name(plan),
+        "state": plan.state,
+        "detail": plan.detail,
+        "signer": plan.signer,
+        "seen": moment(plan.seen_us),
+    }
+
+
+def _name(plan: pb.PlanInfo) -> str:
+    name: str = json.loads(plan.plan)["run"]["name"]
+    return name
