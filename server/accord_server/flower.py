@@ -20,7 +20,7 @@ from flwr.app.error import Error
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.cli.build import build_fab_from_files
-from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.common.serde import fab_to_proto, run_from_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -47,7 +47,9 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.interceptors.http.superexec_auth import SuperExecAuthHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClient, ProtobufRequestContext
+from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from accord_server.superlink import SuperLinkSettings
@@ -123,7 +125,7 @@ class SuperLink:
             task = client.PullTaskInput(PullTaskInputRequest())
             if task.run.run_id != started.run_id:
                 raise Aborted("Flower handed out another run than the coordinator's")
-            grid.set_run(run_from_proto(task.run))
+            grid.take(run_from_proto(task.run), task.task_id)
             yield grid
             status, details = SubStatus.COMPLETED, ""
         finally:
@@ -155,10 +157,26 @@ class FastGrid(HttpGrid):
     def __init__(self, socket: Path, token: str) -> None:
         super().__init__("superlink", insecure=True, token=token)
         self._socket = socket
+        self._task = 0
 
     def _connect(self) -> None:
         token = RuntimeTokenHttpInterceptor(token=self._token)
         self._client = _client(RuntimeHttpClient, self._socket, _version(), token)
+
+    def take(self, run: Run, task: int) -> None:
+        """Speak for a run from now on."""
+        self.set_run(run)
+        self._task = task
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run.run_id, SUPERLINK_NODE_ID, task
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; their ids. Flower holds one run a process and stamps it on all: here each gets its own."""
+        given = list(messages)
+        for message in given:
+            message.metadata.__dict__.update(
+                _run_id=self.run.run_id, _src_node_id=SUPERLINK_NODE_ID, _src_task_id=self._task
+            )
+        return super().push_messages(given)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to these messages that are there, each with its content; one whose content is lost is an error."""
@@ -190,8 +208,8 @@ def _lost(run: int, reply_to: str, reason: str) -> Message:
     metadata = Metadata(
         run_id=run,
         message_id="",
-        src_node_id=1,
-        dst_node_id=1,
+        src_node_id=SUPERLINK_NODE_ID,
+        dst_node_id=SUPERLINK_NODE_ID,
         reply_to_message_id=reply_to,
         group_id="",
         created_at=0.0,

@@ -1,0 +1,189 @@
+"""The site as a node of Flower: messages from the SuperLink's Fleet API, answered in this process.
+
+It speaks through flwr's own connection code (internal: flwr is pinned, `tests/contract` guards what is used) and has no
+way to ask for an app bundle, so nothing that a coordinator ships is unpacked, imported or run.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from flwr.app import Message as FlowerMessage
+from flwr.app import RecordDict
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    pull_and_inflate_object_from_tree,
+    push_objects,
+)
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from accord_shared.errors import NotAdmitted, ProtocolError, Unreachable
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PULL_BACKOFF_S = 0.02
+"""First pause where a message is announced before its objects are there; Flower's own is 1 s."""
+HEARTBEAT_S = 0.6 * HEARTBEAT_DEFAULT_INTERVAL
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A message of the coordinator, and the run of Flower's that it belongs to."""
+
+    message: FlowerMessage
+    run: int
+
+    @property
+    def content(self) -> RecordDict:
+        """What it carries.
+
+        Raises:
+            ProtocolError: nothing.
+        """
+        if not self.message.has_content():
+            raise ProtocolError("a message without content")
+        return self.message.content
+
+
+class FleetConnection:
+    """An authenticated connection to a SuperLink, TLS 1.3 only; opened when it is made, closed by `close`.
+
+    `authorities` are the PEM certificates that may sign the SuperLink's. All methods raise `Unreachable` where nobody
+    answers (trying again may help) and `NotAdmitted` where the SuperLink does not know this node's key.
+    """
+
+    def __init__(self, address: str, authorities: bytes, key: EllipticCurvePrivateKey) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_verify_locations(cadata=authorities.decode("ascii"))
+        self._client = FleetHttpClient(
+            f"https://{address}",
+            verify=context,
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                NodeAuthHttpInterceptor(key, key.public_key()),
+            ],
+        )
+        self._ended = threading.Event()
+        try:
+            request = ActivateNodeRequest(
+                public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+            )
+            self._node = Node(node_id=_asked(self._client.ActivateNode, request).node_id)
+        except BaseException:
+            self._client.close()
+            raise
+        threading.Thread(target=self._beat, name="fleet-heartbeat", daemon=True).start()
+
+    def _beat(self) -> None:
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        while not self._ended.wait(HEARTBEAT_S):
+            with suppress(Unreachable, NotAdmitted):  # the loop that pulls meets the same and says it
+                _asked(self._client.SendNodeHeartbeat, request)
+
+    def receive(self) -> Incoming | None:
+        """The next message, with its content, or None.
+
+        Raises:
+            ProtocolError: its content does not arrive or does not fit; it is gone.
+        """
+        answer = _asked(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        if not answer.messages_list:
+            return None
+        message = message_from_proto(answer.messages_list[0])
+        return Incoming(self._inflated(message, answer.message_object_trees[0]), message.metadata.run_id)
+
+    def _inflated(self, message: FlowerMessage, tree: ObjectTree) -> FlowerMessage:
+        run = message.metadata.run_id
+        pull = make_pull_object_fn_protobuf(lambda request: _asked(self._client.PullObject, request), self._node, run)
+
+        def confirm(object_id: str) -> None:
+            received = ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=object_id)
+            _asked(self._client.ConfirmMessageReceived, received)
+
+        try:
+            whole = pull_and_inflate_object_from_tree(
+                tree, pull, confirm, return_type=FlowerMessage, initial_backoff=PULL_BACKOFF_S
+            )
+        except (ObjectPullError, TypeError, ValueError, KeyError) as error:
+            raise ProtocolError(f"a message whose content does not arrive: {type(error).__name__}") from None
+        whole.metadata.__dict__["_message_id"] = tree.object_id
+        return whole
+
+    def answer(self, incoming: Incoming, content: RecordDict, seconds: float) -> None:
+        """Send the reply to a message that took so long to answer. Repeated after `Unreachable` it is the same reply."""
+        reply = FlowerMessage(content, reply_to=incoming.message)
+        reply.metadata.__dict__["_src_node_id"] = self._node.node_id
+        with no_object_id_recompute():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
+            bare = message_to_proto(_without_content(reply))
+        pushed = _asked(
+            self._client.PushMessages,
+            PushMessagesRequest(
+                node=self._node,
+                messages_list=[bare],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[seconds],
+            ),
+        )
+        push = make_push_object_fn_protobuf(
+            lambda request: _asked(self._client.PushObject, request), self._node, incoming.run, pushed.session_id
+        )
+        push_objects(objects, push, object_ids_to_push=set(pushed.objects_to_push))
+
+    def close(self) -> None:
+        """Say that the node goes offline, and close."""
+        self._ended.set()
+        with suppress(Unreachable, NotAdmitted):
+            _asked(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self._node.node_id))
+        self._client.close()
+
+
+def _without_content(message: FlowerMessage) -> FlowerMessage:
+    from flwr.app.message import remove_content_from_message  # noqa: PLC0415
+
+    return remove_content_from_message(message)
+
+
+def _asked(call: Callable[..., T], request: object) -> T:
+    """The answer to a request, with typed errors."""
+    try:
+        return call(request)
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        if status in (401, 403, 404):
+            raise NotAdmitted("the coordinator's SuperLink does not know this site's key") from None
+        raise Unreachable(f"the coordinator's SuperLink answered with status {status}") from None
+    except (httpx.HTTPError, ssl.SSLError) as error:
+        refused = "certificate" in str(error).lower() or "ssl" in str(error).lower()
+        why = "its certificate or TLS version is refused" if refused else "no answer"
+        raise Unreachable(f"the coordinator's SuperLink cannot be reached: {why}") from None
