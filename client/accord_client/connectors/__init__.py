@@ -1,0 +1,13 @@
+"""Where a site's records come from: files, databases and hub data sets, checked row by row before any run."""
+
+from accord_client.connectors.spec import (
+    ColumnRule,
+    CsvData,
+    DataSpec,
+    HubData,
+    ParquetData,
+    SqlData,
+    make_spec,
+)
+
+__all__ = ["ColumnRule", "CsvData", "DataSpec", "HubData", "ParquetData", "SqlData", "make_spec"]
