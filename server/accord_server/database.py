@@ -190,7 +190,7 @@ class Database:
             with self._sessions.begin() as session:
                 yield session
         except SQLAlchemyError as error:
-            raise OutputError(f"cannot use the database {self.where}: {_line(error)}") from None
+            raise OutputError(f"cannot use the database {self.where}: {_line(error)}") from error
 
     def close(self) -> None:
         """Close all connections."""
