@@ -19,7 +19,7 @@ from accord_server.audit import AuditLog
 from accord_server.authority import Authority, expiry, public_key_pem, requested_key
 from accord_server.database import Database, InvitationRow, Site, SiteKey
 from accord_server.settings import CoordinatorSettings
-from accord_server.sites import current_key, key_digest
+from accord_server.sites import current_key, find_key, key_digest
 from accord_shared.errors import AccordError, BadInput, EnrolmentRefused, ProtocolError, RosterError
 from accord_shared.frames import frame
 from accord_shared.identity import Member, PublicKeys, verify_both
@@ -55,7 +55,7 @@ class Registrar:
         """A new token for a site of this name, and when it ends, in microseconds; an earlier unused one ends now.
 
         Raises:
-            BadInput: the name cannot be a site's, it has enrolled already, or the time is out of range.
+            BadInput: the name cannot be a site's, it takes part already, or the time is out of range.
         """
         try:
             entity_name(name)
@@ -72,8 +72,9 @@ class Registrar:
         return self._token(name, secret, expires_us), expires_us
 
     def _refuse_enrolled(self, session: Session, name: str) -> None:
-        known = session.get(Site, name)
-        if known is not None and known.state != "revoked":
+        """A site that takes part renews its certificate by itself, as long as that holds."""
+        site, key = session.get(Site, name), find_key(session, name)
+        if site is not None and site.state == "approved" and key is not None and key.expires_us > self._now_us():
             raise BadInput(f"site {name!r} has enrolled already: revoke it before it is invited again")
 
     def _token(self, name: str, secret: str, expires_us: int) -> str:
@@ -88,6 +89,8 @@ class Registrar:
 
     def enrol(self, request: pb.EnrolRequest) -> pb.EnrolReply:
         """Use up a token: the site is known from now on, and pending. Nothing is used up where it is refused.
+
+        An approved site that has lost its certificate, or let it run out, gets another for the keys that it has.
 
         Raises:
             EnrolmentRefused: the token is wrong, used, expired or another site's; the request is malformed, not signed
@@ -114,14 +117,33 @@ class Registrar:
         member = _member(name, request)
         with _refused_as_enrolment():
             verify_both(member, frame(LABEL, name, request.certificate_request), request.member_signature)
-        self._refuse_enrolled_again(session, name)
+        site = session.get(Site, name, with_for_update=True)
+        if site is not None and site.state == "approved":
+            return self._certified_again(session, site, member, request.certificate_request)
+        return self._certified(session, site, member, request.certificate_request)
+
+    def _certified(self, session: Session, site: Site | None, member: Member, request: bytes) -> bytes:
+        """A site that is new, was revoked, or still waits for its approval."""
         _refuse_known_member(session, member)
-        self._keep_site(session, member)
-        key, certificate = self._new_key(session, name, request.certificate_request)
+        if site is None:
+            site = Site(name=member.name)
+            session.add(site)
+        elif site.state == "pending":
+            session.execute(delete(SiteKey).where(SiteKey.site == site.name, SiteKey.state != "gone"))
+        site.state, site.fingerprint, site.member = "pending", member.fingerprint, member.to_json()
+        site.enrolled_us, site.renew = self._now_us(), False
+        session.flush()  # its key refers to it
+        key, certificate = self._new_key(session, site.name, request)
         key.state = "current"
-        self._audit.add(session, "site.enrolled", name, fingerprint=member.fingerprint, key=key.digest)
-        session.flush()
+        self._audit.add(session, "site.enrolled", site.name, fingerprint=member.fingerprint, key=key.digest)
         return certificate
+
+    def _certified_again(self, session: Session, site: Site, member: Member, request: bytes) -> bytes:
+        """A site whose certificate ran out or got lost; its keys are those that the operator approved."""
+        key = current_key(session, site.name)
+        if (site.fingerprint, key.digest) != (member.fingerprint, key_digest(requested_key(request))):
+            raise EnrolmentRefused(f"site {site.name!r} was approved with other keys: it must be revoked first")
+        return self._certify_present(session, site, key, request)
 
     def _use(self, session: Session, request: pb.EnrolRequest) -> str:
         """The name that a token is for. The token is used up with the transaction; of two, one waits, and finds it so.
@@ -141,19 +163,6 @@ class Registrar:
         if row.name != request.name:
             raise EnrolmentRefused(f"the token is for site {row.name!r}")
         return row.name
-
-    def _refuse_enrolled_again(self, session: Session, name: str) -> None:
-        try:
-            self._refuse_enrolled(session, name)
-        except BadInput as error:
-            raise EnrolmentRefused(str(error)) from None
-
-    def _keep_site(self, session: Session, member: Member) -> None:
-        site = session.get(Site, member.name) or Site(name=member.name, renew=False)
-        site.state, site.fingerprint, site.member = "pending", member.fingerprint, member.to_json()
-        site.enrolled_us = self._now_us()
-        session.add(site)
-        session.flush()  # its key refers to it
 
     def _new_key(self, session: Session, name: str, request: bytes) -> tuple[SiteKey, bytes]:
         """A key that no site ever had, as the site's next one, and its certificate."""
@@ -189,14 +198,17 @@ class Registrar:
         site = session.get_one(Site, name, with_for_update=True)
         present = current_key(session, name)
         if key_digest(requested_key(request)) == present.digest:
-            certificate = self._authority.issue_site(request, name, self._settings.certificates.site_days)
-            _certify(present, certificate)
-            site.renew = False
-            key = present
-        else:
-            session.execute(delete(SiteKey).where(SiteKey.site == name, SiteKey.state == "next"))
-            key, certificate = self._new_key(session, name, request)
+            return self._certify_present(session, site, present, request)
+        session.execute(delete(SiteKey).where(SiteKey.site == name, SiteKey.state == "next"))
+        key, certificate = self._new_key(session, name, request)
         self._audit.add(session, "site.certificate", name, key=key.digest, expires_us=key.expires_us)
+        return certificate
+
+    def _certify_present(self, session: Session, site: Site, key: SiteKey, request: bytes) -> bytes:
+        certificate = self._authority.issue_site(request, site.name, self._settings.certificates.site_days)
+        _certify(key, certificate)
+        site.renew = False
+        self._audit.add(session, "site.certificate", site.name, key=key.digest, expires_us=key.expires_us)
         return certificate
 
     def _now_us(self) -> int:

@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
-from sqlalchemy import Select, delete, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from accord_server.audit import AuditLog
@@ -262,7 +262,7 @@ class Sites:
             Unreachable: it does not answer.
         """
         with self._database.session() as session:
-            wanted = {key.public_key.encode() for key in session.scalars(_approved_keys())}
+            wanted = {key.public_key.encode() for key in _approved_keys(session)}
         with _superlink("keys are compared"):
             known = self._superlink.nodes().keys()
             for key in known - wanted:
@@ -277,7 +277,7 @@ class Sites:
             Unreachable: the SuperLink does not answer.
         """
         with self._database.session() as session:
-            keys = {key.site: key.public_key.encode() for key in session.scalars(_approved_keys())}
+            keys = {key.site: key.public_key.encode() for key in _approved_keys(session)}
         with _superlink("nodes are listed"):
             known = self._superlink.nodes()
         return {name: known[key] for name, key in sorted(keys.items()) if key in known}
@@ -290,7 +290,7 @@ class Sites:
 
     def _info(self, session: Session, site: Site) -> pb.SiteInfo:
         now, seen = self._clock(), self.presence(site.name)
-        key = session.scalar(_key_of(site.name))
+        key = find_key(session, site.name)
         return pb.SiteInfo(
             name=site.name,
             state=site.state,
@@ -318,7 +318,7 @@ def current_key(session: Session, name: str) -> SiteKey:
     Raises:
         NotAdmitted: it was revoked.
     """
-    found = session.scalar(_key_of(name))
+    found = find_key(session, name)
     if found is None:
         raise NotAdmitted("this site was revoked")
     return found
@@ -332,13 +332,14 @@ def _site(session: Session, name: str) -> Site:
     return site
 
 
-def _key_of(name: str) -> Select[tuple[SiteKey]]:
-    return select(SiteKey).where(SiteKey.site == name, SiteKey.state == "current")
+def find_key(session: Session, name: str) -> SiteKey | None:
+    """The key under which a site is known now, unless it was revoked."""
+    return session.scalar(select(SiteKey).where(SiteKey.site == name, SiteKey.state == "current"))
 
 
-def _approved_keys() -> Select[tuple[SiteKey]]:
+def _approved_keys(session: Session) -> Sequence[SiteKey]:
     approved = select(Site.name).where(Site.state == "approved")
-    return select(SiteKey).where(SiteKey.state == "current", SiteKey.site.in_(approved))
+    return session.scalars(select(SiteKey).where(SiteKey.state == "current", SiteKey.site.in_(approved))).all()
 
 
 def _common_name(certificate: x509.Certificate) -> str:

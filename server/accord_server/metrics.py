@@ -1,0 +1,86 @@
+"""What Prometheus reads of a coordinator."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from accord_shared.errors import Unreachable
+from accord_shared.service.pb import accord_pb2 as pb
+
+SITE_STATES = ("pending", "approved", "revoked")
+RUN_STATES = ("waiting", "running", "stopped", "aborted", "finished")
+_ROUND_S = (0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600)
+
+
+class Metrics:
+    """One registry per coordinator."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        kept = {"registry": self.registry}
+        self.sites = Gauge("accord_sites", "Sites by state.", ["state"], **kept)
+        self.sites_online = Gauge("accord_sites_online", "Sites that were heard of lately.", **kept)
+        self.skew = Gauge("accord_site_skew_seconds", "A site's clock minus the coordinator's.", ["site"], **kept)
+        self.expiry = Gauge(
+            "accord_certificate_expiry_seconds", "Unix time at which a certificate ends.", ["subject"], **kept
+        )
+        self.runs = Gauge("accord_runs", "Runs by state.", ["state"], **kept)
+        self.round_s = Histogram("accord_round_seconds", "Time of a finished round.", buckets=_ROUND_S, **kept)
+        self.rounds = Counter("accord_rounds", "Finished rounds.", **kept)
+        self.aborted = Counter("accord_attempts_aborted", "Attempts at a round that came to nothing.", **kept)
+        self.upload = Counter("accord_upload_bytes", "Bytes that sites sent in rounds.", **kept)
+        self.download = Counter("accord_download_bytes", "Bytes that sites were sent in rounds.", **kept)
+        self.superlink = Gauge("accord_superlink_up", "Whether the SuperLink answers.", **kept)
+        self.audit = Counter("accord_audit_entries", "Entries of the audit log since the start.", **kept)
+
+    def show_sites(self, sites: Iterable[pb.SiteInfo]) -> None:
+        """Show these sites and no others."""
+        shown = list(sites)
+        self.skew.clear()
+        self.expiry.clear()
+        for state in SITE_STATES:
+            self.sites.labels(state).set(sum(site.state == state for site in shown))
+        self.sites_online.set(sum(site.online for site in shown))
+        for site in shown:
+            if site.online:
+                self.skew.labels(site.name).set(site.skew_s)
+            if site.certificate_expires_us:
+                self.expiry.labels(f"site:{site.name}").set(site.certificate_expires_us / 1e6)
+
+    def show_certificates(self, server_us: int, authority_us: int) -> None:
+        """Show when the server's and the authority's certificate end, in microseconds; after `show_sites`."""
+        self.expiry.labels("server").set(server_us / 1e6)
+        self.expiry.labels("authority").set(authority_us / 1e6)
+
+    def show_runs(self, states: Iterable[str]) -> None:
+        """Show how many runs are in each state."""
+        shown = list(states)
+        for state in RUN_STATES:
+            self.runs.labels(state).set(shown.count(state))
+
+    @contextmanager
+    def serve(self, host: str, port: int) -> Iterator[int]:
+        """Answer at `/metrics` while the context lasts; the port (0: one that is free).
+
+        Raises:
+            Unreachable: the address cannot be bound.
+        """
+        try:
+            server, thread = start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise Unreachable(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        try:
+            yield server.server_port
+        finally:
+            _stop(server, thread)
+
+
+def _stop(server: WSGIServer, thread: threading.Thread) -> None:
+    server.shutdown()
+    server.server_close()
+    thread.join()
