@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from accord_shared.errors import Unreachable
 from accord_shared.service.pb import accord_pb2 as pb
@@ -22,7 +25,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        kept = {"registry": self.registry}
+        kept: dict[str, Any] = {"registry": self.registry}
         self.sites = Gauge("accord_sites", "Sites by state.", ["state"], **kept)
         self.sites_online = Gauge("accord_sites_online", "Sites that were heard of lately.", **kept)
         self.skew = Gauge("accord_site_skew_seconds", "A site's clock minus the coordinator's.", ["site"], **kept)
@@ -36,7 +39,8 @@ class Metrics:
         self.upload = Counter("accord_upload_bytes", "Bytes that sites sent in rounds.", **kept)
         self.download = Counter("accord_download_bytes", "Bytes that sites were sent in rounds.", **kept)
         self.superlink = Gauge("accord_superlink_up", "Whether the SuperLink answers.", **kept)
-        self.audit = Counter("accord_audit_entries", "Entries of the audit log since the start.", **kept)
+        self._audit_entries = 0
+        self.registry.register(_AuditEntries(lambda: self._audit_entries))
 
     def show_sites(self, sites: Iterable[pb.SiteInfo]) -> None:
         """Show these sites and no others."""
@@ -63,6 +67,10 @@ class Metrics:
         for state in RUN_STATES:
             self.runs.labels(state).set(shown.count(state))
 
+    def show_audit(self, entries: int) -> None:
+        """Show how many entries the audit log has."""
+        self._audit_entries = entries
+
     @contextmanager
     def serve(self, host: str, port: int) -> Iterator[int]:
         """Answer at `/metrics` while the context lasts; the port (0: one that is free).
@@ -78,6 +86,17 @@ class Metrics:
             yield server.server_port
         finally:
             _stop(server, thread)
+
+
+class _AuditEntries(Collector):
+    """A counter that the database keeps."""
+
+    def __init__(self, value: Callable[[], int]) -> None:
+        self._value = value
+
+    def collect(self) -> Iterator[Metric]:
+        """The one counter."""
+        yield CounterMetricFamily("accord_audit_entries", "Entries of the audit log.", value=self._value())
 
 
 def _stop(server: WSGIServer, thread: threading.Thread) -> None:
