@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from cryptography.x509 import load_der_x509_csr
 from pydantic import AfterValidator, Field
 
 from accord_client.keystore import Keys, check_certificate, read_authorities
@@ -16,7 +17,6 @@ from accord_shared.errors import EnrolmentRefused, ImpostorError, RosterError, S
 from accord_shared.files import write_atomic
 from accord_shared.identity import Document, PublicKeys
 from accord_shared.service import rpc
-from accord_shared.service.keyfile import public_pem
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc
 from accord_shared.service.token import Invitation, entity_name
@@ -57,11 +57,12 @@ class Enrolment(Document):
             raise SettingsError(f"{folder.enrolment} is damaged: {error}") from None
 
 
-def enrol(token: str, path: Path, name: str | None = None, *, again: bool = False) -> Enrolment:
+def enrol(token: str, path: Path, name: str | None = None, *, again: bool = False, new_key: bool = False) -> Enrolment:
     """Enrol the site in a folder: keys are made there and stay, the certificate comes.
 
     `name` is what the operator expects the token to say. An enrolment that failed is repeated with the same keys. With
-    `again` a site that lost its certificate gets one for the keys that it has, from the coordinator that it knows.
+    `again` a site whose certificate is lost or ran out gets one from the coordinator that it knows: for the keys that
+    it has or, where they were revoked, for a `new_key` of its node. Its identity and ledger stay.
 
     Raises:
         EnrolmentRefused: the token is wrong, used, expired or for another site; or the folder is enrolled already.
@@ -78,12 +79,16 @@ def enrol(token: str, path: Path, name: str | None = None, *, again: bool = Fals
     keys = Keys.create(folder)
     _write_missing(folder.settings, settings_template(invitation.name))
     _write_missing(folder.policy, POLICY_TEMPLATE)
-    reply = _ask(invitation, keys)
-    enrolment = _checked(invitation, reply, public_pem(keys.node))
+    request = keys.next_request(invitation.name) if new_key else keys.csr(invitation.name)
+    reply = _ask(invitation, keys, request)
+    enrolment = _checked(invitation, reply, request)
     if known is not None and known.coordinator != enrolment.coordinator:
         raise ImpostorError("the coordinator has other keys than at this site's first enrolment")
     write_atomic(folder.authorities, reply.authorities, mode=0o600)
-    keys.keep_certificate(reply.certificate)
+    if new_key:
+        keys.adopt_next(reply.certificate, reply.authorities, invitation.name)
+    else:
+        keys.keep_certificate(reply.certificate)
     write_atomic(folder.enrolment, enrolment.to_json(indent=1).encode(), mode=0o600)
     return enrolment
 
@@ -108,9 +113,9 @@ def _write_missing(path: Path, text: str) -> None:
         write_atomic(path, text.encode(), mode=0o600)
 
 
-def _ask(invitation: Invitation, keys: Keys) -> pb.EnrolReply:
+def _ask(invitation: Invitation, keys: Keys, request: bytes) -> pb.EnrolReply:
     """The one call that shows the secret: to nobody but a holder of a certificate of the token's authority."""
-    name, request = invitation.name, keys.csr(invitation.name)
+    name = invitation.name
     message = pb.EnrolRequest(
         name=name,
         secret=invitation.secret.get_secret_value(),
@@ -134,7 +139,7 @@ def _ask(invitation: Invitation, keys: Keys) -> pb.EnrolReply:
         raise
 
 
-def _checked(invitation: Invitation, reply: pb.EnrolReply, public: bytes) -> Enrolment:
+def _checked(invitation: Invitation, reply: pb.EnrolReply, request: bytes) -> Enrolment:
     """What came, if it is what was asked for.
 
     Raises:
@@ -143,7 +148,7 @@ def _checked(invitation: Invitation, reply: pb.EnrolReply, public: bytes) -> Enr
     mine = read_authorities(invitation.authority_pem)
     if not set(mine) <= set(read_authorities(reply.authorities)):
         raise ImpostorError("the authorities that the coordinator sent lack the one that the token names")
-    check_certificate(reply.certificate, reply.authorities, public, invitation.name)
+    check_certificate(reply.certificate, reply.authorities, load_der_x509_csr(request).public_key(), invitation.name)
     if reply.federation != invitation.federation:
         raise ImpostorError(f"the coordinator is of federation {reply.federation[:64]!r}, not of the token's")
     try:

@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_public_key
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from accord_client.settings import SiteFolder
@@ -24,7 +24,6 @@ from accord_shared.service.keyfile import (
     new_tls_key,
     passphrase,
     plain_pem,
-    public_pem,
     read_identity,
     read_tls_key,
     tls_key_pem,
@@ -156,7 +155,7 @@ class Keys:
             ImpostorError: it is of another key or name, or not of the authorities.
         """
         node = read_tls_key(_next_key(self._folder))
-        check_certificate(pem, authorities, public_pem(node), name)
+        check_certificate(pem, authorities, node.public_key(), name)
         write_atomic(_next_certificate(self._folder), pem, mode=0o600)
         _finish_renewal(self._folder)
         self._node = node
@@ -221,8 +220,8 @@ def read_authorities(pem: bytes) -> list[x509.Certificate]:
     return found
 
 
-def check_certificate(pem: bytes, authorities: bytes, public: bytes, name: str) -> x509.Certificate:
-    """The certificate that a coordinator issued, if it is of this public key (PEM) and name, and of an authority.
+def check_certificate(pem: bytes, authorities: bytes, public: object, name: str) -> x509.Certificate:
+    """The certificate that a coordinator issued, if it is of this public key and name, and of an authority.
 
     Raises:
         ImpostorError: it is not.
@@ -231,17 +230,12 @@ def check_certificate(pem: bytes, authorities: bytes, public: bytes, name: str) 
         found = x509.load_pem_x509_certificate(pem)
     except ValueError:
         raise ImpostorError("what the coordinator sent as this site's certificate is none") from None
-    key = found.public_key()
     common = [str(one.value) for one in found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    if not _same_key(key, public) or common != [name]:
+    if found.public_key() != public or common != [name]:
         raise ImpostorError("the certificate that the coordinator sent is of another key or name")
     if not any(_issued(found, authority) for authority in read_authorities(authorities)):
         raise ImpostorError("the certificate that the coordinator sent is not of its authority")
     return found
-
-
-def _same_key(key: object, public: bytes) -> bool:
-    return key == load_pem_public_key(public)
 
 
 def _issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:

@@ -197,6 +197,20 @@ def test_an_enrolled_folder_is_not_enrolled_again(coordinator: Coordinator, fold
         refused_line(EnrolmentRefused, lambda other=other: enrol(coordinator.token(**other), folder.path, again=True))
 
 
+def test_a_revoked_site_comes_back_with_a_new_node_key(coordinator: Coordinator, folder: SiteFolder) -> None:
+    enrol(coordinator.token(), folder.path)
+    before = Keys.load(folder)
+    coordinator.refuse["Enrol"] = EnrolmentRefused("the keys were revoked: make new ones")
+    refused_line(EnrolmentRefused, lambda: enrol(coordinator.token(), folder.path, again=True, new_key=True))
+    assert Keys.load(folder).pair() == before.pair()
+    coordinator.refuse.clear()
+    enrol(coordinator.token(), folder.path, again=True, new_key=True)
+    after = Keys.load(folder)
+    assert after.node.public_key() != before.node.public_key()
+    assert after.identity.keys == before.identity.keys
+    assert after.pair().chain == folder.certificate.read_bytes()
+
+
 def test_enrolled_again_it_is_the_same_coordinator(coordinator: Coordinator, folder: SiteFolder) -> None:
     enrol(coordinator.token(), folder.path)
     coordinator.identity = Identity.generate()

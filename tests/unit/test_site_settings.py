@@ -16,7 +16,7 @@ from accord_shared.errors import IdentityError, ImpostorError, OutputError, Sett
 from accord_shared.frames import frame
 from accord_shared.identity import verify_both
 from accord_shared.service import keyfile
-from accord_shared.service.keyfile import new_tls_key, public_pem
+from accord_shared.service.keyfile import new_tls_key
 from coordinator_lab import SITE, Authority
 
 AUTHORITY = Authority()
@@ -213,7 +213,7 @@ def test_a_certificate_of_another_key_is_not_used(folder: SiteFolder) -> None:
 
 def test_only_the_certificate_that_was_asked_for_is_taken() -> None:
     key = new_tls_key()
-    public, good = public_pem(key), AUTHORITY.of_key(key.public_key(), SITE)
+    public, good = key.public_key(), AUTHORITY.of_key(key.public_key(), SITE)
     check_certificate(good, AUTHORITY.pem, public, SITE)
     for pem, authorities, name in (
         (AUTHORITY.of_key(new_tls_key().public_key(), SITE), AUTHORITY.pem, SITE),

@@ -25,6 +25,7 @@ def enrol(
     token: Annotated[str, typer.Argument(help="The one-time token of the coordinator's operator; - reads it.")],
     name: Annotated[str | None, typer.Option(help="The name that the token is expected to be for.")] = None,
     again: Annotated[bool, typer.Option("--again", help="New certificate for a folder that is enrolled.")] = False,
+    new_key: Annotated[bool, typer.Option("--new-key", help="With --again, after a revocation.")] = False,
     folder: Folder = DEFAULT_FOLDER,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +34,7 @@ def enrol(
     from accord_client.keystore import Keys
 
     text = sys.stdin.read(65536) if token == "-" else token  # noqa: S105 - read from standard input
-    made = enrol_site(text, folder, name, again=again)
+    made = enrol_site(text, folder, name, again=again, new_key=new_key)
     facts = {
         "name": made.name,
         "federation": made.federation,
