@@ -283,16 +283,17 @@ def database_password() -> str | None:
     return os.environ.get(DATABASE_PASSWORD) or None
 
 
-def template(federation: str, host: str = "127.0.0.1", names: tuple[str, ...] = ()) -> str:
+def template(federation: str, host: str = "127.0.0.1", names: tuple[str, ...] = (), database: str | None = None) -> str:
     """The text of a new `coordinator.toml`."""
     wildcard = host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
     public = names[0] if wildcard and names else host
     others = [name for name in names if name != public]
+    kept = f"database = {_quoted(database)}" if database else '# database = "sqlite:///state.db"'
     return f"""\
 # The coordinator of one federation. Unknown keys are errors; what stands behind # is the default.
 version = 1
 federation = {_quoted(federation)}
-# database = "sqlite:///state.db"   # or postgresql+psycopg://user@host/database; its password: {DATABASE_PASSWORD}
+{kept}   # or postgresql+psycopg://user@host/database; its password: {DATABASE_PASSWORD}
 
 [listen]                            # nothing listens beyond this host unless you say so
 host = {_quoted(host)}

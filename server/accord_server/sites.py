@@ -282,12 +282,6 @@ class Sites:
             known = self._superlink.nodes()
         return {name: known[key] for name, key in sorted(keys.items()) if key in known}
 
-    def old_certificates(self) -> tuple[str, ...]:
-        """Names of sites whose certificate is of an authority that does not sign any more."""
-        with self._database.session() as session:
-            keys = session.scalars(select(SiteKey).where(SiteKey.state == "current").order_by(SiteKey.site)).all()
-        return tuple(key.site for key in keys if not self._authority.is_of_current(key.certificate.encode()))
-
     def _info(self, session: Session, site: Site) -> pb.SiteInfo:
         now, seen = self._clock(), self.presence(site.name)
         key = find_key(session, site.name)
@@ -340,6 +334,13 @@ def find_key(session: Session, name: str) -> SiteKey | None:
 def _approved_keys(session: Session) -> Sequence[SiteKey]:
     approved = select(Site.name).where(Site.state == "approved")
     return session.scalars(select(SiteKey).where(SiteKey.state == "current", SiteKey.site.in_(approved))).all()
+
+
+def old_certificates(database: Database, authority: Authority) -> tuple[str, ...]:
+    """Names of sites whose certificate is of an authority that does not sign any more."""
+    with database.session() as session:
+        keys = session.scalars(select(SiteKey).where(SiteKey.state == "current").order_by(SiteKey.site)).all()
+    return tuple(key.site for key in keys if not authority.is_of_current(key.certificate.encode()))
 
 
 def _common_name(certificate: x509.Certificate) -> str:

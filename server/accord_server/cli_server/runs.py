@@ -1,0 +1,183 @@
+"""`accord server run|runs|watch|stop|resume`: what the federation trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from accord_server.cli_server.options import (
+    CALL_S,
+    DEFAULT_FOLDER,
+    Folder,
+    Json,
+    coordinator,
+    fields,
+    moment,
+    show,
+)
+from accord_shared.errors import Aborted, AccordError, BadInput, MissingExtra
+
+if TYPE_CHECKING:
+    from accord_shared.plan import Plan
+    from accord_shared.service.pb import accord_pb2 as pb
+
+INITIAL_WEIGHTS = "accord.initial_weights"
+"""Entry points: a callable that gives a plan's initial weights, a float32 vector."""
+
+_Run = Annotated[str, typer.Argument(metavar="RUN", help="The run, as `accord server runs` shows it.")]
+
+
+def run(
+    plan: Annotated[Path, typer.Argument(help="A plan as TOML.")],
+    initial: Annotated[
+        Path | None,
+        typer.Option(help="Weights to start from: little-endian float32 (default: what the installed client makes)."),
+    ] = None,
+    signature: Annotated[
+        Path | None, typer.Option(help="Somebody else's signature of the plan, as JSON (default: the coordinator's).")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
+    folder: Folder = DEFAULT_FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Start a run. It waits until enough sites are there."""
+    from accord_shared.plan import read_plan
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    made = read_plan(plan)
+    request = pb.StartRunRequest(
+        plan=made.to_json(),
+        signature=_signature(signature, made.hash) if signature is not None else "",
+        initial=_checked(initial) if initial is not None else _made(made),
+    )
+    with coordinator(folder) as server:
+        started = server.StartRun(request, timeout=CALL_S)
+        if follow:
+            typer.echo(f"run {started.run}", err=True)
+            _follow(server.WatchRun(pb.RunName(run=started.run)), as_json)
+            return
+    _shown(started, as_json)
+
+
+def _signature(path: Path, plan_hash: str) -> str:
+    from accord_shared.signatures import PlanSignature
+
+    try:
+        found = PlanSignature.from_json(path.read_bytes())
+        found.verify(plan_hash)
+    except AccordError as error:
+        raise BadInput(f"{path}: {error}") from None
+    return found.to_json()
+
+
+def _checked(path: Path) -> bytes:
+    import numpy as np
+
+    data = path.read_bytes()
+    if not data or len(data) % 4 or not np.isfinite(np.frombuffer(data, "<f4")).all():
+        raise BadInput(f"{path} is not a vector of finite little-endian float32 numbers")
+    return _fitting(data)
+
+
+def _made(plan: Plan) -> bytes:
+    import numpy as np
+
+    for entry in entry_points(group=INITIAL_WEIGHTS):
+        try:
+            weights_of = entry.load()
+        except ImportError:
+            continue
+        return _fitting(np.ascontiguousarray(weights_of(plan), "<f4").tobytes())
+    raise MissingExtra(
+        "--initial FILE is needed: only the extra [client], which is not installed, can make the weights"
+    )
+
+
+def _fitting(data: bytes) -> bytes:
+    from accord_shared.service.rpc import MOST_MESSAGE
+
+    most = MOST_MESSAGE - 2**20  # beside the plan
+    if len(data) > most:
+        raise BadInput(f"the initial weights are {len(data)} bytes, more than the {most} that a call takes")
+    return data
+
+
+def runs(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+    """All runs, the newest first."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    with coordinator(folder) as server:
+        found = [_facts(info) for info in server.ListRuns(pb.Empty(), timeout=CALL_S).runs]
+    show({"runs": found}, [_line(facts) for facts in found] or ["no run was started"], as_json)
+
+
+def watch(name: _Run, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+    """Follow a run until it ends. Exit code 3: it stands still and can be resumed."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    with coordinator(folder) as server:
+        _follow(server.WatchRun(pb.RunName(run=name)), as_json)
+
+
+def stop(name: _Run, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+    """Stop a run after the trip that it is in. It can be resumed."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    with coordinator(folder) as server:
+        _shown(server.StopRun(pb.RunName(run=name), timeout=CALL_S), as_json)
+
+
+def resume(name: _Run, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+    """Go on with a run at its next round."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    with coordinator(folder) as server:
+        _shown(server.ResumeRun(pb.RunName(run=name), timeout=CALL_S), as_json)
+
+
+def _follow(events: Iterable[pb.RunEvent], as_json: bool) -> None:
+    last: pb.RunInfo | None = None
+    told = ""
+    for event in events:
+        last = event.info
+        line = _line(_facts(last))
+        if line != told:
+            typer.echo(line, err=as_json)
+            told = line
+    if last is None:
+        raise Aborted("the coordinator told nothing of the run")
+    if as_json:
+        typer.echo(json.dumps(_facts(last)))
+    if last.state != "finished":
+        raise Aborted(f"run {last.run} is {last.state}: {last.detail or 'it can be resumed'}")
+
+
+def _facts(info: pb.RunInfo) -> dict[str, Any]:
+    return {
+        "run": info.run,
+        "name": info.name,
+        "plan_hash": info.plan_hash,
+        "state": info.state,
+        "round": info.round,
+        "rounds": info.rounds,
+        "detail": info.detail,
+        "started": moment(info.started_us),
+        "changed": moment(info.changed_us),
+        "metrics": json.loads(info.metrics or "{}"),
+    }
+
+
+def _line(facts: dict[str, Any]) -> str:
+    metrics = " ".join(f"{key}={value}" for key, value in facts["metrics"].items())
+    words = (facts["run"], facts["state"], f"round {facts['round']} of {facts['rounds']}", facts["detail"], metrics)
+    return "  ".join(word for word in words if word)
+
+
+def _shown(info: pb.RunInfo, as_json: bool) -> None:
+    facts = _facts(info)
+    show(facts, fields(facts), as_json)
