@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_vali
 from accord_shared.errors import SettingsError
 from accord_shared.plan import Table, first_problem
 
-ColumnType = Literal["string", "integer", "float", "boolean", "date", "timestamp"]
+ColumnType = Literal["any", "string", "integer", "float", "boolean", "date", "timestamp"]
 
 Column = Annotated[str, Field(min_length=1, max_length=200)]
 _DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg", "postgresql+psycopg": "postgresql+psycopg"}
@@ -24,11 +24,11 @@ _COMMIT = re.compile(r"hub:[^/@\s]+/[^/@\s]+@[0-9a-f]{40}")
 class ColumnRule(Table):
     """What every cell of a column must be. In TOML either `COL = "integer"` or a table.
 
-    `date` and `timestamp` are ISO 8601; `float` is finite; `min` and `max` are inclusive; `max_length` counts
+    `any` is any plain value; `date` and `timestamp` are ISO 8601; `float` is finite; `min` and `max` are inclusive; `max_length` counts
     characters; `allowed` lists the cells as they are written.
     """
 
-    type: ColumnType = "string"
+    type: ColumnType = "any"
     required: bool = True
     """Whether an empty cell fails."""
     min: int | float | None = Field(default=None, allow_inf_nan=False)
@@ -92,6 +92,9 @@ class _Records(Table):
             raise ValueError("texts names a column twice")
         if self.label in self.text_columns or self.unit in (*self.text_columns, self.label):
             raise ValueError("text, label and unit must be different columns")
+        for column in self.text_columns:
+            if column in self.rules and self.rules[column].type not in ("any", "string"):
+                raise ValueError(f'schema: {column!r} is read as text, so its type is "string"')
         return self
 
     @property
@@ -106,11 +109,9 @@ class _Records(Table):
         return tuple(dict.fromkeys((*self.text_columns, self.label, *unit, *self.rules)))
 
     def rule(self, column: str) -> ColumnRule:
-        """The declared rule of a column; without one any cell that is not empty, and of a text any string."""
-        declared = self.rules.get(column)
-        if declared is not None:
-            return declared
-        return ColumnRule(required=not (self.texts and column in self.texts))
+        """The declared rule of a column; without one any cell that is not empty. Texts are strings."""
+        declared = self.rules.get(column, ColumnRule(required=column not in self.texts))
+        return declared.model_copy(update={"type": "string"}) if column in self.text_columns else declared
 
 
 class CsvData(_Records):
