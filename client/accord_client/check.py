@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from accord_client.connectors import inspect
 from accord_client.coordinator import CoordinatorClient, check_skew, new_boot
 from accord_client.enrolment import Enrolment
 from accord_client.keystore import Keys, expiry_warning
@@ -131,15 +132,19 @@ def _policy(site: _Site) -> Iterator[Check]:
 
 
 def _data(site: _Site) -> Iterator[Check]:
-    from accord_client.connectors import inspect
-
-    for name, spec in site.settings().data.items():
+    data = site.settings().data
+    if not data:
+        yield Check("data", "fail", "site.toml has no [data.NAME]")
+    for name, spec in data.items():
         try:
-            report = inspect(spec, site.folder.path)
+            found = inspect(spec, folder=site.folder.path)
         except AccordError as error:
             yield Check("data", "fail", f"{name}: {error}")
-        else:
-            yield Check("data", "ok", f"{name}: {report}")
+            continue
+        too_many = found.rejected > spec.most_rejected_fraction * found.rows
+        state: State = "fail" if too_many else "warn" if found.rejected else "ok"
+        problems = "".join(f"; {count} times: {problem}" for problem, count in found.problems.items())
+        yield Check("data", state, f"{name}: {found.rejected} of the first {found.rows} rows fail{problems}")
 
 
 def _model(site: _Site) -> Iterator[Check]:

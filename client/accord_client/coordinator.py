@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,15 @@ from accord_client.keystore import Keys, read_authorities
 from accord_client.settings import SiteFolder
 from accord_client.store import SiteStore
 from accord_shared import PROTOCOL_VERSION, __version__
-from accord_shared.errors import ClockSkew, ImpostorError, NotAdmitted, OutputError, PlanError, ProtocolError
+from accord_shared.errors import (
+    ClockSkew,
+    ImpostorError,
+    NotAdmitted,
+    OutputError,
+    PlanError,
+    ProtocolError,
+    Unreachable,
+)
 from accord_shared.files import make_folder, sha256_file, write_atomic
 from accord_shared.plan import Plan
 from accord_shared.roster import SignedRoster
@@ -147,8 +156,21 @@ class CoordinatorClient:
             if self._channel is None:
                 self._channel = rpc.secure_channel(address, self.authorities, self._keys.pair())
             channel = self._channel
-        with rpc.typed_errors(f"the coordinator at {address}"):
-            yield accord_pb2_grpc.FederationStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            with rpc.typed_errors(f"the coordinator at {address}"):
+                yield accord_pb2_grpc.FederationStub(channel)
+        except Unreachable:
+            self._refuse_expired()
+            raise
+
+    def _refuse_expired(self) -> None:
+        """TLS tells a client nothing of its own certificate."""
+        expires = self._keys.expires
+        if expires < datetime.now(UTC):
+            raise NotAdmitted(
+                f"this site's certificate expired on {expires:%Y-%m-%d %H:%M} UTC: get a new invitation and use "
+                "`accord site enrol TOKEN --again`"
+            ) from None
 
     # --- presence
 

@@ -130,7 +130,7 @@ def _ask(invitation: Invitation, keys: Keys, request: bytes) -> pb.EnrolReply:
             rpc.secure_channel(invitation.address, invitation.authority_pem) as channel,
             rpc.typed_errors(who),
         ):
-            stub: Any = accord_pb2_grpc.EnrolmentStub(channel)  # type: ignore[no-untyped-call]
+            stub: Any = accord_pb2_grpc.EnrolmentStub(channel)
             reply: pb.EnrolReply = stub.Enrol(message, timeout=ENROL_S)
             return reply
     except Unreachable as error:

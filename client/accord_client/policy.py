@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, time
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from accord_client.connectors import DataSpec, check_plan
 from accord_client.ledger.entries import DataSet, Limits
 from accord_client.settings import DataName, read_settings
-from accord_shared.errors import PolicyRefused
+from accord_shared.errors import DataError, PolicyRefused
 from accord_shared.plan import Noise, Plan, Table
 
 _NOISE: dict[str, int] = {"none": 0, "cohort": 1, "participant": 1, "site": 2}
@@ -153,6 +154,26 @@ class Policy(Table):
             if most is not None:
                 yield _at_most("privacy.epsilon", most, epsilon)
         yield _at_most("privacy.delta", limits.delta, plan.privacy.delta)
+
+    def problem(self, plan: Plan, signer: str, coordinator: str, data: Mapping[str, DataSpec]) -> str | None:
+        """Why a plan is refused by this policy and the declared data, in one line; None: it is not."""
+        try:
+            self.check(plan, signer, coordinator)
+            check_plan(self.spec(data), plan)
+        except (PolicyRefused, DataError) as error:
+            return str(error)
+        return None
+
+    def spec(self, data: Mapping[str, DataSpec]) -> DataSpec:
+        """The data set that plans train on, of those that the settings declare.
+
+        Raises:
+            PolicyRefused: the policy names none, or one that is not declared.
+        """
+        spec = data.get(self.dataset or "")
+        if spec is None:
+            raise PolicyRefused(f"dataset: {self.dataset or 'none'} of this site's policy is not among its data")
+        return spec
 
     # --- hours
 

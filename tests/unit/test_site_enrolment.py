@@ -314,6 +314,17 @@ def test_a_coordinator_that_went_away_and_came_back(client: CoordinatorClient, c
     assert address in refused_line(Unreachable, lambda: client.hello(new_boot(), "ready", ""))
 
 
+def test_an_expired_certificate_is_said(
+    client: CoordinatorClient, coordinator: Coordinator, folder: SiteFolder
+) -> None:
+    keys = Keys.load(folder)
+    keys.keep_certificate(coordinator.authority.of_key(keys.node.public_key(), SITE, days=-2))
+    client.close()
+    line = refused_line(NotAdmitted, lambda: client.hello(new_boot(), "ready", ""))
+    assert "certificate expired on" in line
+    assert "--again" in line
+
+
 def test_another_server_at_the_address_is_not_spoken_to(client: CoordinatorClient, coordinator: Coordinator) -> None:
     coordinator.pair = OTHER.server()
     client.close()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from accord_client.connectors import make_spec
 from accord_client.ledger.entries import DataSet, Limits
 from accord_client.policy import POLICY_TEMPLATE, Policy
 from accord_client.store import SiteStore
@@ -259,3 +260,14 @@ def test_hours(hours: str | None, inside: list[str], outside: list[str], tmp_pat
     for text in outside:
         with pytest.raises(PolicyRefused, match=f"hours: .*{hours}.*{text}"):
             found.check_hours(datetime.fromisoformat(f"2026-11-25T{text}"))
+
+
+def test_the_declared_data_has_a_say_too(tmp_path: Path) -> None:
+    found = policy(tmp_path)
+    table = {"kind": "csv", "path": "cases.csv", "text": "text", "label": "label"}
+    rows, customers = make_spec(table), make_spec({**table, "unit": "customer"})
+    assert found.problem(plan(), ME, ME, {"cases": rows}) is None
+    assert "task.unit" in (found.problem(plan(), ME, ME, {"cases": customers}) or "")  # a row protects less
+    assert found.problem(plan(**{"task.unit": "column:customer"}), ME, ME, {"cases": customers}) is None
+    assert "not among its data" in (found.problem(plan(), ME, ME, {"loans": rows}) or "")
+    assert "signer" in (found.problem(plan(), STRANGER, ME, {"cases": rows}) or "")

@@ -36,7 +36,7 @@ def agent_stub(path: Path) -> Iterator[Any]:
     from accord_shared.service.rpc import local_channel
 
     with local_channel(opened(path).control, "agent", "the agent") as channel:
-        yield accord_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
+        yield accord_pb2_grpc.AgentStub(channel)
 
 
 def up(

@@ -13,7 +13,8 @@ from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, Json, fields,
 from accord_shared.errors import PolicyRefused
 
 if TYPE_CHECKING:
-    from accord_client.settings import SiteFolder
+    from accord_client.policy import Policy
+    from accord_client.settings import SiteFolder, SiteSettings
     from accord_shared.plan import Plan
 
 policy_app = typer.Typer(help="What this site allows: `policy.toml`.", no_args_is_help=True)
@@ -47,11 +48,13 @@ def check(
     from accord_client.settings import SiteSettings
 
     site = opened(folder)
-    policy = Policy.read(site.policy)
-    problems = policy_problems(policy, SiteSettings.read(site))
+    policy, settings = Policy.read(site.policy), SiteSettings.read(site)
+    problems = policy_problems(policy, settings)
     coordinator = Enrolment.read(site).coordinator.fingerprint if plan is not None else ""
     given = _plan(site, plan) if plan is not None else None
     found = list(policy.findings(given, signer or coordinator, coordinator)) if given is not None else []
+    if given is not None and not problems and all(one.fits for one in found):
+        problems += _data_problem(policy, settings, given)
     facts = {
         "problems": problems,
         "plan": given.hash if given is not None else None,
@@ -63,6 +66,18 @@ def check(
     refusals = [*problems, *(f"{one.key} wants {one.wanted}, not {one.given}" for one in found if not one.fits)]
     if refusals:
         raise PolicyRefused(refusals[0])
+
+
+def _data_problem(policy: Policy, settings: SiteSettings, plan: Plan) -> list[str]:
+    """What of the plan does not fit the declared data."""
+    from accord_client.connectors import check_plan
+    from accord_shared.errors import DataError
+
+    try:
+        check_plan(policy.spec(settings.data), plan)
+    except (PolicyRefused, DataError) as error:
+        return [str(error)]
+    return []
 
 
 def _plan(folder: SiteFolder, text: str) -> Plan:
