@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from flwr.app import Context
+from flwr.app import Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
@@ -16,6 +16,18 @@ from accord_shared.wire import decode, encode
 log = logging.getLogger(__name__)
 
 
+def answered(handler: Callable[[Message], Message], content: RecordDict) -> RecordDict:
+    """What a site says to the content of a message, whatever that is: a refusal is an answer too."""
+    try:
+        reply = handler(decode(content))
+    except AccordError as error:
+        reply = Refusal.of(error)
+    except Exception as error:  # its text, which Flower would send, may quote private records
+        log.exception("a message could not be answered")
+        reply = Refusal.of(AccordError(type(error).__name__))
+    return encode(reply)
+
+
 def client_app(handler_of: Callable[[Context], Callable[[Message], Message]]) -> ClientApp:
     """A ClientApp whose messages go to the handler of their node.
 
@@ -24,14 +36,7 @@ def client_app(handler_of: Callable[[Context], Callable[[Message], Message]]) ->
     app = ClientApp()
 
     def answer(message: FlowerMessage, context: Context) -> FlowerMessage:
-        try:
-            reply = handler_of(context)(decode(message.content))
-        except AccordError as error:
-            reply = Refusal.of(error)
-        except Exception as error:  # Flower would send its text, which may quote private records
-            log.exception("a message could not be answered")
-            reply = Refusal.of(AccordError(type(error).__name__))
-        return FlowerMessage(encode(reply), reply_to=message)
+        return FlowerMessage(answered(handler_of(context), message.content), reply_to=message)
 
     app.train()(answer)
     app.query()(answer)

@@ -18,6 +18,7 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Message as FlowerMessage
 from flwr.app import RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
@@ -139,13 +140,13 @@ class FleetConnection:
         return whole
 
     def answer(self, incoming: Incoming, content: RecordDict, seconds: float) -> None:
-        """Send the reply to a message that took so long to answer. Repeated after `Unreachable` it is the same reply."""
+        """Send the reply to a message that took `seconds` to answer; after `Unreachable` it may be sent again."""
         reply = FlowerMessage(content, reply_to=incoming.message)
         reply.metadata.__dict__["_src_node_id"] = self._node.node_id
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
-            bare = message_to_proto(_without_content(reply))
+            bare = message_to_proto(remove_content_from_message(reply))
         pushed = _asked(
             self._client.PushMessages,
             PushMessagesRequest(
@@ -166,12 +167,6 @@ class FleetConnection:
         with suppress(Unreachable, NotAdmitted):
             _asked(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self._node.node_id))
         self._client.close()
-
-
-def _without_content(message: FlowerMessage) -> FlowerMessage:
-    from flwr.app.message import remove_content_from_message  # noqa: PLC0415
-
-    return remove_content_from_message(message)
 
 
 def _asked(call: Callable[..., T], request: object) -> T:

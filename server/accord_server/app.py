@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from flwr.app import Context
 from flwr.app import Message as FlowerMessage
@@ -26,6 +27,9 @@ POLL_S = 0.005
 """Pause between two looks for replies: Flower's own 3 s would be most of a short round."""
 LONGEST_POLL_S = 1.0
 """Where a look is itself expensive."""
+JOIN_POLL_S = 0.1
+PRESENCE_S = 0.5
+"""Pause between two looks for sites that went away."""
 
 
 @dataclass(frozen=True)
@@ -34,119 +38,234 @@ class Timing:
 
     trip_timeout_s: float = 3600.0
     join_timeout_s: float = 600.0
+    """For how long to wait for enough sites, at the start and before each attempt."""
+    grace_s: float = 0.0
+    """How much longer for a whole cohort, once there are enough."""
+    ask_again_s: float | None = None
+    """When a node that did not join is asked once more (its operator may have approved the plan); None: never."""
+
+
+class Presence(Protocol):
+    """What is known of sites beside the messages of a run. A simulation knows nothing: `Unwatched`."""
+
+    def name_of(self, node: int) -> str | None:
+        """The site that a node was admitted as; None where nodes are not registered."""
+
+    def boot(self, site: str) -> str:
+        """Which process of the site is alive; empty if unknown."""
+
+    def is_there(self, site: str) -> bool:
+        """Whether it was heard of lately."""
+
+
+class Unwatched:
+    """Everybody is there, and nobody is registered."""
+
+    def name_of(self, node: int) -> str | None:
+        """Unknown."""
+        del node
+        return None
+
+    def boot(self, site: str) -> str:
+        """Unknown."""
+        del site
+        return ""
+
+    def is_there(self, site: str) -> bool:
+        """So it is held."""
+        del site
+        return True
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A message on its way: to which node, when, and which process was there."""
+
+    node: int
+    at: float
+    boot: str = ""
 
 
 class FlowerExchange:
     """Trips over a Flower `Grid`, polling fast; a late or failed reply is a `Failure` of its site."""
 
-    def __init__(self, grid: Grid, timing: Timing, stopping: Callable[[], bool], enquiry: Enquiry) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        timing: Timing,
+        stopping: Callable[[], bool],
+        enquiry: Enquiry,
+        presence: Presence | None = None,
+    ) -> None:
         self._grid = grid
         self._timing = timing
         self._stopping = stopping
+        self._presence = presence or Unwatched()
         self.enquiry = enquiry
         self.joined: dict[str, Joined] = {}
+        self.refusals: dict[int, str] = {}
+        """Why nodes did not join."""
         self._nodes: dict[str, int] = {}
-        self._greeted: set[int] = set()
-        self._greetings: dict[str, int] = {}
+        self._boots: dict[str, str] = {}
+        self._greeted: dict[int, float] = {}
+        self._greetings: dict[str, _Asked] = {}
 
     def sites(self) -> Sequence[str]:
         """Names of the sites that joined."""
         return tuple(self._nodes)
 
-    def join(self, minimum: int) -> None:
-        """Show every node the plan and learn its name.
+    def present(self) -> Sequence[str]:
+        """Those of them that were heard of lately."""
+        return tuple(site for site in self._nodes if self._presence.is_there(site))
+
+    def restarted(self) -> frozenset[str]:
+        """Sites whose process is another than the one that joined: it has none of its secrets."""
+        return frozenset(site for site, boot in self._boots.items() if self._presence.boot(site) != boot)
+
+    def join(self, minimum: int, whole: int = 0) -> None:
+        """Show every node the plan and learn its name, until `minimum` sites (in time `whole`) are there.
 
         Raises:
             ProtocolError: two nodes claim one name.
             RoundAborted: fewer than `minimum` sites joined.
         """
-        nodes = self._await_nodes(minimum)
-        self._greeted.update(nodes)
-        refusals: list[str] = []
-        requests: dict[int, Message] = dict.fromkeys(nodes, self.enquiry)
-        for node, reply in self._trip(requests, "query", self._timing.join_timeout_s):
-            refusal = self._enter(node, reply)
-            if refusal:
-                refusals.append(refusal)
-        if len(self._nodes) < minimum:
-            why = f": {refusals[0]}" if refusals else ""
-            raise RoundAborted(f"{len(self._nodes)} of {len(nodes)} sites joined, cohort.minimum is {minimum}{why}")
+        deadline, enough_since = time.monotonic() + self._timing.join_timeout_s, None
+        while True:
+            start = time.monotonic()
+            self._greet()
+            self._hear()
+            present, now = len(self.present()), time.monotonic()
+            if present >= minimum and enough_since is None:
+                enough_since = now
+            heard = not self._greetings and len(self._greeted) >= minimum
+            if enough_since is not None and present >= minimum:
+                graced = now - enough_since >= self._timing.grace_s
+                if heard and (present >= whole or graced):
+                    return
+            lost = heard and self._timing.ask_again_s is None and present < minimum
+            if lost or now >= deadline:
+                why = f": {next(iter(self.refusals.values()))}" if self.refusals else ""
+                raise RoundAborted(f"{present} of {len(self._greeted)} sites joined, cohort.minimum is {minimum}{why}")
+            self._pause(min(max(POLL_S if self._greetings else JOIN_POLL_S, 4 * (now - start)), LONGEST_POLL_S))
 
-    def _enter(self, node: int, reply: Reply) -> str:
-        """Take a node's answer to the enquiry; returns why it did not join, if so.
+    def ready(self, minimum: int) -> None:
+        """Wait until so many of the sites that joined are there; those that come meanwhile are asked to join.
+
+        Raises:
+            RoundAborted: they do not come in time.
+        """
+        if len(self.present()) < minimum:
+            self.join(minimum)
+
+    def _enter(self, node: int, reply: Reply) -> None:
+        """Take a node's answer to the enquiry.
 
         Raises:
             ProtocolError: two nodes claim one name.
         """
         if not isinstance(reply, Joined):
             reason = reply.reason if isinstance(reply, Failure) else type(reply).__name__
-            log.warning("node %d did not join: %s", node, reason)
-            return reason
-        if self._nodes.get(reply.site, node) != node:
+            if self.refusals.get(node) != reason:
+                log.warning("%s did not join: %s", self._presence.name_of(node) or f"node {node}", reason)
+            self.refusals[node] = reason
+            return
+        admitted = self._presence.name_of(node)
+        if admitted is not None and reply.site != admitted:
+            self.refusals[node] = f"{admitted!r} joined under another name"
+            log.warning("%s", self.refusals[node])
+            return
+        if admitted is None and self._nodes.get(reply.site, node) != node:
             raise ProtocolError(f"two nodes joined as site {reply.site!r}")
+        self.refusals.pop(node, None)
         self._nodes[reply.site] = node
+        self._boots[reply.site] = self._presence.boot(reply.site)
         self.joined[reply.site] = reply
-        return ""
 
     def send(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Reply]]:
         """One trip to the named sites. Nodes that came since are asked to join beside it, and not waited for."""
         self._greet()
+        absent = [site for site in requests if not self._presence.is_there(site)]
+        for site in absent:
+            yield site, Failure("the site is not connected")
+        by_node = {self._nodes[site]: request for site, request in requests.items() if site not in absent}
         names = {self._nodes[site]: site for site in requests}
-        by_node = {self._nodes[site]: request for site, request in requests.items()}
-        for node, reply in self._trip(by_node, "train", self._timing.trip_timeout_s):
+        for node, reply in self._trip(by_node, names):
             if isinstance(reply, Joined):
                 self._enter(node, reply)
             yield names[node], reply
         self._hear()
 
     def _greet(self) -> None:
-        fresh = sorted(set(self._grid.get_node_ids()) - self._greeted)
-        self._greeted.update(fresh)
-        self._greetings |= self._push(dict.fromkeys(fresh, self.enquiry), "query", self._timing.join_timeout_s)
+        """Ask nodes that came, and after a time those that did not join."""
+        now, again = time.monotonic(), self._timing.ask_again_s
+        asked = {item.node for item in self._greetings.values()}
+        for node in self.refusals:
+            if again is not None and node not in asked and now - self._greeted[node] >= again:
+                del self._greeted[node]
+        there = (node for node in sorted(self._grid.get_node_ids()) if self._presence.is_there(self._name(node)))
+        fresh = [node for node in there if node not in self._greeted]
+        self._greeted |= dict.fromkeys(fresh, now)
+        for identity, node in self._push(dict.fromkeys(fresh, self.enquiry), "query", self._timing.join_timeout_s):
+            self._greetings[identity] = _Asked(node, now, self._boot(node))
+
+    def _name(self, node: int) -> str:
+        return self._presence.name_of(node) or ""
+
+    def _boot(self, node: int) -> str:
+        return self._presence.boot(self._name(node))
 
     def _hear(self) -> None:
         if not self._greetings:
             return
         for answer in self._grid.pull_messages(list(self._greetings)):
-            node = self._greetings.pop(answer.metadata.reply_to_message_id)
-            try:
-                self._enter(node, _reply(answer))
-            except ProtocolError as error:
-                log.warning("node %d did not join: %s", node, error)
+            asked = self._greetings.pop(answer.metadata.reply_to_message_id)
+            self._enter(asked.node, _reply(answer))
+        for identity, asked in list(self._greetings.items()):
+            if self._boot(asked.node) != asked.boot:  # its process is another by now and will not answer
+                del self._greetings[identity], self._greeted[asked.node]
 
-    def _await_nodes(self, minimum: int) -> list[int]:
-        deadline = time.monotonic() + self._timing.join_timeout_s
-        while len(nodes := sorted(self._grid.get_node_ids())) < minimum and time.monotonic() < deadline:
-            self._pause()
-        return nodes
-
-    def _pause(self, at_least_s: float = POLL_S) -> None:
+    def _pause(self, at_least_s: float) -> None:
         if self._stopping():
             raise Interrupted("asked to stop")
         time.sleep(at_least_s)
 
-    def _push(self, requests: Mapping[int, Message], kind: str, timeout_s: float) -> dict[str, int]:
-        """Send; returns the node of each message's id. Requests that are one object are encoded once."""
+    def _push(self, requests: Mapping[int, Message], kind: str, timeout_s: float) -> list[tuple[str, int]]:
+        """Send; each message's id and node. Requests that are one object are encoded once."""
         contents = {id(request): request for request in requests.values()}
         encoded = {key: encode(request) for key, request in contents.items()}
         messages = [
             FlowerMessage(encoded[id(request)], dst_node_id=node, message_type=kind, ttl=timeout_s)
             for node, request in requests.items()
         ]
-        return dict(zip(self._grid.push_messages(messages), requests, strict=True)) if messages else {}
+        return list(zip(self._grid.push_messages(messages), requests, strict=True)) if messages else []
 
-    def _trip(self, requests: Mapping[int, Message], kind: str, timeout_s: float) -> Iterator[tuple[int, Reply]]:
-        waiting = self._push(requests, kind, timeout_s)
-        deadline = time.monotonic() + timeout_s
+    def _trip(self, requests: Mapping[int, Message], names: Mapping[int, str]) -> Iterator[tuple[int, Reply]]:
+        timeout_s = self._timing.trip_timeout_s
+        boots = {node: self._presence.boot(names[node]) for node in requests}
+        waiting = dict(self._push(requests, "train", timeout_s))
+        started = looked_at = time.monotonic()
+        deadline = started + timeout_s
         while waiting and (start := time.monotonic()) < deadline:
             answers = list(self._grid.pull_messages(list(waiting)))
             looked_s = time.monotonic() - start
             for answer in answers:
                 yield waiting.pop(answer.metadata.reply_to_message_id), _reply(answer)
-            if waiting:  # a look at a thousand sites must not take a whole core
-                self._pause(min(max(POLL_S, 4 * looked_s), LONGEST_POLL_S))
+            if start - looked_at >= PRESENCE_S:
+                looked_at = start
+                for identity, node in list(waiting.items()):
+                    if gone := self._gone(names[node], boots[node]):
+                        del waiting[identity]
+                        yield node, Failure(gone)
+            if waiting:  # a look at a thousand sites must not take a whole core, nor a long wait a part of one
+                self._pause(min(max(POLL_S, 4 * looked_s, (start - started) / 100), LONGEST_POLL_S))
         for node in waiting.values():
             yield node, Failure(f"no reply within {timeout_s:g} s")
+
+    def _gone(self, site: str, boot: str) -> str:
+        """Why no answer will come, if so."""
+        if self._presence.boot(site) != boot:
+            return "the site restarted"
+        return "" if self._presence.is_there(site) else "the site is not connected any more"
 
 
 def _reply(answer: FlowerMessage) -> Reply:
@@ -177,7 +296,7 @@ def server_app(
         del context  # Flower may persist it: nothing of ours goes in
         enquiry = Enquiry(PROTOCOL_VERSION, coordinator.run_id, plan.to_json(), plan.hash, roster_hash)
         exchange = FlowerExchange(grid, timing or Timing(), stopping, enquiry)
-        exchange.join(plan.cohort.minimum)
+        exchange.join(plan.cohort.minimum, plan.cohort.size)
         on_joined(exchange.sites())
         on_finished(coordinator.run(exchange))
 

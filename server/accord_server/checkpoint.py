@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -42,11 +45,35 @@ class Checkpoint:
     """Public facts of each finished round, as JSON values."""
 
 
-class CheckpointFolder:
-    """Reads and writes the checkpoint of one run."""
+@dataclass(frozen=True)
+class Seal:
+    """Encrypts tensor files at rest: AES-256-GCM under a random nonce, bound to the run and the file's name."""
 
-    def __init__(self, folder: Path) -> None:
+    cipher: AESGCM
+
+    def close(self, data: bytes, label: str) -> bytes:
+        """nonce ‖ ciphertext ‖ tag."""
+        nonce = os.urandom(12)
+        return nonce + self.cipher.encrypt(nonce, data, label.encode())
+
+    def open(self, data: bytes, label: str) -> bytes:
+        """The data.
+
+        Raises:
+            CheckpointError: it was encrypted under another key or label, or is damaged.
+        """
+        try:
+            return self.cipher.decrypt(data[:12], data[12:], label.encode())
+        except (InvalidTag, ValueError):
+            raise CheckpointError(f"{label} cannot be decrypted: another key, or damaged") from None
+
+
+class CheckpointFolder:
+    """Reads and writes the checkpoint of one run, encrypted where there is a seal."""
+
+    def __init__(self, folder: Path, seal: Seal | None = None) -> None:
         self._folder = folder
+        self._seal = seal
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write it durably, then drop the tensor file of the round before.
@@ -59,6 +86,8 @@ class CheckpointFolder:
         tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
         data = save(tensors)
         name = f"round-{checkpoint.round:05d}.safetensors"
+        if self._seal is not None:
+            data = self._seal.close(data, f"{checkpoint.run_id}/{name}")
         write_atomic(self._folder / name, data)
         state = {
             "format": FORMAT,
@@ -67,6 +96,7 @@ class CheckpointFolder:
             "round": checkpoint.round,
             "averaged_count": checkpoint.averaged_count,
             "tensors": name,
+            "encrypted": self._seal is not None,
             "sha256": _sha256(data),
             "history": list(checkpoint.history),
         }
@@ -113,9 +143,16 @@ class CheckpointFolder:
                 raise CheckpointError(f"{path} belongs to plan {state['plan_hash'][:12]}…, not to {plan_hash[:12]}…")
             if _sha256(data) != state["sha256"]:
                 raise CheckpointError(f"{self._folder / state['tensors']} is damaged: its SHA-256 differs")
-            return _checkpoint(state, load(data))
+            return _checkpoint(state, load(self._opened(state, data)))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+    def _opened(self, state: dict[str, Any], data: bytes) -> bytes:
+        if not state.get("encrypted", False):
+            return data
+        if self._seal is None:
+            raise CheckpointError(f"{self._folder} is encrypted: rounds.encrypt_checkpoints is off")
+        return self._seal.open(data, f"{state['run_id']}/{state['tensors']}")
 
 
 def _checkpoint(state: dict[str, Any], tensors: dict[str, Any]) -> Checkpoint:

@@ -38,6 +38,20 @@ class Exchange(Protocol):
     def sites(self) -> Sequence[str]:
         """Names of the sites that joined the plan."""
 
+    def present(self) -> Sequence[str]:
+        """Those of them that can be asked now."""
+
+    def restarted(self) -> frozenset[str]:
+        """Sites whose process is another than the one that joined."""
+
+    def ready(self, minimum: int) -> None:
+        """Wait until so many can be asked.
+
+        Raises:
+            RoundAborted: they do not come in time.
+            Interrupted: the run was asked to stop.
+        """
+
     def send(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Reply]]:
         """One trip: yields each site's reply as it arrives, once per requested site.
 
@@ -70,6 +84,17 @@ class LocalExchange:
     def sites(self) -> Sequence[str]:
         """Names of the sites."""
         return tuple(self._handlers)
+
+    def present(self) -> Sequence[str]:
+        """All of them."""
+        return self.sites()
+
+    def restarted(self) -> frozenset[str]:
+        """None of them."""
+        return frozenset()
+
+    def ready(self, minimum: int) -> None:
+        """They are here."""
 
     def send(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Reply]]:
         """Ask each site in turn."""

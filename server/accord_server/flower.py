@@ -24,6 +24,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.common.serde import fab_to_proto, run_from_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
+    ListRunsRequest,
     RegisterNodeRequest,
     StartRunRequest,
     StopRunRequest,
@@ -99,6 +100,12 @@ class SuperLink:
         known = self.nodes().get(public_key)
         if known is not None:
             self._control.UnregisterNode(UnregisterNodeRequest(node_id=known))
+
+    def stop_runs(self) -> None:
+        """End the runs that a coordinator before left behind, and what waits of them in the sites' mailboxes."""
+        for number, run in self._control.ListRuns(ListRunsRequest()).run_dict.items():
+            if run.status.status != "finished":
+                self.stop_run(number)
 
     def stop_run(self, flower_run: int) -> None:
         """End one of Flower's runs, and what it still has in the sites' mailboxes; ended ones are left alone."""

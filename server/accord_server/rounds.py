@@ -156,9 +156,10 @@ class Coordinator:
         allowed = 1 + self._plan.run.max_extra_attempts
         first = 1 + (self._folder.attempts(number) if self._folder is not None else 0)
         for attempt in range(first, first + allowed):
+            exchange.ready(self._plan.cohort.minimum)  # an attempt without enough sites would cost those that are there
             if self._folder is not None:
                 self._folder.begin_attempt(number, attempt)
-            cohort = choose_cohort(self._plan, exchange.sites(), number, attempt)
+            cohort = choose_cohort(self._plan, exchange.present(), number, attempt)
             aggregate = self._aggregation.collect(self._request(number, attempt), cohort, exchange)
             uploaded += aggregate.upload_bytes
             downloaded += aggregate.download_bytes

@@ -75,6 +75,8 @@ class SecureAggregation:
         trips = _Trips(exchange, self._membership, self._terms)
         opening = False
         total, survivors = np.zeros(0), tuple[str, ...]()
+        for name in exchange.restarted():
+            self._membership.lose(name)
         try:
             members = self._members(self._allowed(request.round, cohort), trips)
             attempt = self._begin(request, members)

@@ -9,7 +9,7 @@ so it never outlives the coordinator.
 from __future__ import annotations
 
 import asyncio
-import logging
+import json
 import os
 import secrets
 import signal
@@ -28,6 +28,9 @@ from flwr.superlink.auth_plugin import ControlAuthnPlugin, NoOpControlAuthnPlugi
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+
+from accord_shared.service import logs
+from accord_shared.service.keyfile import passphrase
 
 FLEET = "/v1/fleet/"
 CLOSED = ("/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/fleet/get-fab")
@@ -64,8 +67,6 @@ class SuperLinkSettings(pydantic.BaseModel):
 
     def to_line(self) -> bytes:
         """The line that `main` reads; it holds the secrets."""
-        import json  # noqa: PLC0415
-
         value = self.model_dump(mode="json")
         value |= {name: getattr(self, name).get_secret_value() for name in ("control_token", "superexec_secret")}
         return json.dumps(value).encode() + b"\n"
@@ -132,8 +133,13 @@ def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
     """TLS 1.3 only."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(certificate, key)
+    load_pair(context, certificate, key)
     return context
+
+
+def load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    """Read certificate and key, which may be encrypted; connections from now on see them."""
+    context.load_cert_chain(certificate, key, password=lambda: passphrase() or b"")
 
 
 def superlink_app(settings: SuperLinkSettings) -> App:
@@ -188,7 +194,7 @@ async def serve(settings: SuperLinkSettings) -> None:
         inner.should_exit = outer.should_exit = True
 
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, lambda: context.load_cert_chain(settings.certificate, settings.key))
+    loop.add_signal_handler(signal.SIGHUP, lambda: load_pair(context, settings.certificate, settings.key))
     _when_input_ends(lambda: loop.call_soon_threadsafe(stop))
     await asyncio.gather(inner.serve(), outer.serve())
 
@@ -205,7 +211,7 @@ def _when_input_ends(then: Callable[[], object]) -> None:
 def main() -> None:
     """Entry of the process: settings on standard input, log on standard error."""
     os.umask(0o077)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logs.configure("WARNING")
     settings = SuperLinkSettings.model_validate_json(sys.stdin.readline())
     asyncio.run(serve(settings))
 

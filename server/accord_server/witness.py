@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 
 from accord_shared.errors import CheckpointError, LedgerRolledBack, ProtocolError
@@ -11,7 +12,7 @@ from accord_shared.roster import Roster
 
 
 class Witness:
-    """Remembers receipts; `on_change` is told of all of them, as one text that `restore` reads.
+    """Remembers receipts, for any number of threads; `on_change` is told of all, as one text that `restore` reads.
 
     Receipts are signed and sealed by their sites: here they are compared and kept, never read.
     """
@@ -19,6 +20,7 @@ class Witness:
     def __init__(self, roster: Roster, on_change: Callable[[str], None] | None = None) -> None:
         self._roster, self._on_change = roster, on_change
         self._receipts: dict[str, Receipt] = {}
+        self._lock = threading.RLock()
 
     def see(self, name: str, head: Head, receipt: bytes = b"") -> None:
         """Compare the head that a joining site signed with its newest receipt, and keep the receipt that came with it.
@@ -27,8 +29,10 @@ class Witness:
             LedgerRolledBack: the head is older than one that was seen, or another with the same number.
             ProtocolError: the receipt is not the site's, or of another head.
         """
-        self._compare(name, head)
-        if receipt and self.hear(name, receipt).seq < head.seq:
+        with self._lock:
+            self._compare(name, head)
+            behind = bool(receipt) and self.hear(name, receipt).seq < head.seq
+        if behind:
             raise ProtocolError(f"a receipt that does not belong to the ledger of {name!r}")
 
     def hear(self, name: str, receipt: bytes) -> Head:
@@ -42,8 +46,9 @@ class Witness:
         made.verify(self._roster.member(name))
         if made.site != name:
             raise ProtocolError(f"a receipt of {made.site!r} came from {name!r}")
-        self._compare(name, made.head)
-        self._receipts[name] = made
+        with self._lock:
+            self._compare(name, made.head)
+            self._receipts[name] = made
         return made.head
 
     def _compare(self, name: str, head: Head) -> None:
@@ -62,7 +67,9 @@ class Witness:
     def keep(self) -> None:
         """Tell `on_change`, if anybody listens: receipts of many sites are megabytes."""
         if self._on_change is not None:
-            self._on_change(json.dumps({name: receipt.to_json() for name, receipt in sorted(self._receipts.items())}))
+            with self._lock:
+                kept = {name: receipt.to_json() for name, receipt in sorted(self._receipts.items())}
+            self._on_change(json.dumps(kept))
 
     def restore(self, text: str) -> None:
         """Read what `keep` told.

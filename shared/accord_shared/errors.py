@@ -53,6 +53,10 @@ class NotRunning(BadInput):
     """The daemon or agent that a command speaks to is not there."""
 
 
+class AlreadyRunning(BadInput):
+    """Another process holds the folder."""
+
+
 class MissingExtra(BadInput):
     """A command needs an optional dependency that is not installed."""
 

@@ -1,0 +1,91 @@
+"""Between the coordinator and the site: whose plan it is, the operator's policy, and the operator's word.
+
+Asked at every message that begins work, not only when a plan is joined: policies change, and processes restart.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from accord_client.plans import PlanBook
+from accord_client.policy import Policy
+from accord_client.settings import SiteFolder
+from accord_shared.errors import AccordError, ImpostorError, PlanError, PolicyRefused, ProtocolError
+from accord_shared.messages import Enquiry, MaskRequest, Message, TrainRequest
+from accord_shared.plan import Plan
+from accord_shared.signatures import PlanSignature
+
+
+class Gate:
+    """The policy and the plans of a site's folder. `coordinator` is the fingerprint that this site enrolled with."""
+
+    def __init__(self, folder: SiteFolder, coordinator: str) -> None:
+        self._path, self._coordinator = folder.policy, coordinator
+        self.book = PlanBook(folder.plans)
+        self._read: tuple[tuple[int, int], Policy] | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The policy as the file has it now.
+
+        Raises:
+            SettingsError: it is malformed: nothing is allowed until it is mended.
+        """
+        stamp = _stamp(self._path)
+        if self._read is None or self._read[0] != stamp:
+            self._read = stamp, Policy.read(self._path)
+        return self._read[1]
+
+    @staticmethod
+    def begins_work(message: Message) -> bool:
+        """Whether a message asks for something new. The later trips of a round only finish what was begun."""
+        return isinstance(message, Enquiry | MaskRequest | TrainRequest)
+
+    def check(self, message: Message, now: datetime) -> None:
+        """Let a message pass.
+
+        Raises:
+            PolicyRefused, PlanNotApproved, ImpostorError: it may not; one line that says why.
+            ProtocolError, PlanError: the plan is malformed, or not what the message says.
+        """
+        if isinstance(message, Enquiry):
+            self._check_enquiry(message)
+        elif isinstance(message, MaskRequest | TrainRequest):
+            self.policy.check_hours(now)
+            self.book.require(message.plan_hash)
+            record = self.book.find(message.plan_hash)
+            self.policy.check(record.parsed, record.signer, self._coordinator)
+
+    def _check_enquiry(self, enquiry: Enquiry) -> None:
+        plan = Plan.from_json(enquiry.plan_json)
+        if plan.hash != enquiry.plan_hash:
+            raise ProtocolError("the plan does not have the hash that came with it")
+        if not enquiry.plan_signature:
+            raise ImpostorError("the plan is not signed")
+        signer = _signature(enquiry.plan_signature).verify(plan.hash)
+        problem = self._problem(plan, signer)
+        self.book.offer(plan, signer, problem, automatic=self.policy.approval == "policy")
+        self.book.require(plan.hash)
+
+    def _problem(self, plan: Plan, signer: str) -> str | None:
+        try:
+            self.policy.check(plan, signer, self._coordinator)
+        except PolicyRefused as error:
+            return str(error)
+        return None
+
+
+def _signature(text: str) -> PlanSignature:
+    try:
+        return PlanSignature.from_json(text)
+    except AccordError as error:
+        raise PlanError(f"the plan's signature: {error}") from None
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size

@@ -1,0 +1,140 @@
+"""What an agent trains with: ledger, data, models and secrets, made when they are first needed."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
+
+from accord_client.connectors import DataSpec, load
+from accord_client.data import Examples
+from accord_client.features import FeatureCache
+from accord_client.members import LocalMembers
+from accord_client.models import digest, locate
+from accord_client.policy import Policy
+from accord_client.rosters import RosterBook
+from accord_client.settings import SiteFolder, SiteSettings
+from accord_client.site import Site
+from accord_client.store import SiteStore
+from accord_client.trainer import Runtime
+from accord_client.workspace import Workspace
+from accord_shared.errors import ModelError, SettingsError
+from accord_shared.identity import Identity
+from accord_shared.plan import Plan
+from accord_shared.service.pb import accord_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+MOST_PLANS = 4
+"""Plans whose model and records stay in memory."""
+T = TypeVar("T")
+
+
+class Workplace:
+    """The `Site` of a folder. It is made anew when its policy or its roster changes; the ledger is the same."""
+
+    def __init__(
+        self, folder: SiteFolder, settings: SiteSettings, name: str, identity: Identity, rosters: RosterBook
+    ) -> None:
+        self._folder, self._settings, self._name = folder, settings, name
+        self._identity, self._rosters = identity, rosters
+        self._runtime: Runtime | None = None
+        self._workspaces: OrderedDict[str, Workspace] = OrderedDict()
+        self._examples: OrderedDict[str, Examples] = OrderedDict()
+        self._site: tuple[tuple[Policy, str], Site] | None = None
+        self._stored: tuple[Policy, SiteStore] | None = None
+
+    def check(self) -> None:
+        """Before the agent is up: settings and policy fit each other, the ledger is whole, there is such a device.
+
+        Raises:
+            SettingsError: a data set of the policy is not in the settings, or there is no such device.
+            PrivacyError: the ledger is damaged.
+        """
+        policy = Policy.read(self._folder.policy)
+        if policy.dataset is not None:
+            self._spec(policy.dataset)
+        self._store(policy).ledger.verify()
+        self._runtime = self._settings.device.runtime()
+
+    @property
+    def site(self) -> Site:
+        """The site under the present policy and roster."""
+        wanted = Policy.read(self._folder.policy), self._rosters.hash
+        if self._site is None or self._site[0] != wanted:
+            self._site = wanted, self._made(wanted[0])
+        return self._site[1]
+
+    def _made(self, policy: Policy) -> Site:
+        roster = self._rosters.roster
+        return Site(
+            self._name,
+            store=self._store(policy),
+            workspace_of=self._workspace,
+            examples_of=lambda plan: self._records(plan, policy.dataset),
+            members=LocalMembers(self._name, self._identity, roster) if roster is not None else None,
+            least_secure_aggregation=policy.secure_aggregation,
+            accept_without_privacy=policy.noise == "none",
+            dataset=policy.dataset or "default",
+        )
+
+    def _store(self, policy: Policy) -> SiteStore:
+        if self._stored is None or self._stored[0] != policy:
+            self._stored = policy, SiteStore(self._folder.path, datasets=policy.datasets())
+        return self._stored[1]
+
+    def _spec(self, dataset: str | None) -> DataSpec:
+        if dataset is None:
+            raise SettingsError("the policy names no data set")
+        if dataset not in self._settings.data:
+            raise SettingsError(f"{self._folder.settings} has no [data.{dataset}], which the policy names")
+        return self._settings.data[dataset]
+
+    def _workspace(self, plan: Plan) -> Workspace:
+        runtime = self._runtime or self._settings.device.runtime()
+        return _kept(
+            self._workspaces, plan.hash, lambda: Workspace(self._found(plan), FeatureCache(self._folder.cache), runtime)
+        )
+
+    def _found(self, plan: Plan) -> Plan:
+        """The plan, if its model is on this machine; a plan's `path:` names no folder that the digest does not fit.
+
+        Raises:
+            ModelError: it is not there, or another one.
+        """
+        wanted = plan.model.digest
+        if wanted is not None and digest(locate(plan.model.source)) != wanted:
+            raise ModelError(f"the model at {plan.model.source} is not the one that the plan names")
+        return plan
+
+    def _records(self, plan: Plan, dataset: str | None) -> Examples:
+        spec = self._spec(dataset)
+        return _kept(self._examples, f"{plan.hash}/{dataset}", lambda: self._loaded(plan, str(dataset), spec))
+
+    def _loaded(self, plan: Plan, dataset: str, spec: DataSpec) -> Examples:
+        quarantine = self._folder.quarantine / f"{dataset}.csv"
+        loaded = load(spec, plan, quarantine, folder=self._folder.path)
+        level = logging.WARNING if loaded.rejected else logging.INFO
+        facts = {"dataset": dataset, "rows": loaded.rows, "rejected": loaded.rejected, "digest": loaded.digest}
+        log.log(level, "the data set is read", extra=facts)
+        return loaded.examples
+
+    def runs(self) -> list[pb.SiteRun]:
+        """What was released under each plan, from the ledger."""
+        balance = self._store(Policy.read(self._folder.policy)).ledger.verify()
+        plans = {plan for dataset in balance.datasets() for plan in balance.by_plan(dataset)}
+        return [
+            pb.SiteRun(plan_hash=plan, last_round=balance.plan(plan).last_round, releases=balance.plan(plan).rounds)
+            for plan in sorted(plans)
+        ]
+
+
+def _kept(cache: OrderedDict[str, T], name: str, make: Callable[[], T]) -> T:
+    """From the cache, or made and put there; the oldest goes."""
+    if name not in cache:
+        cache[name] = make()
+        while len(cache) > MOST_PLANS:
+            cache.popitem(last=False)
+    cache.move_to_end(name)
+    return cache[name]
