@@ -98,14 +98,22 @@ def _head(session: Session, *, lock: bool = False) -> AuditHead:
 
 def _checked(session: Session) -> Iterator[AuditRow]:
     previous, expected = AUDIT_START, 1
-    rows = session.scalars(select(AuditRow).order_by(AuditRow.seq).execution_options(yield_per=_PAGE))
-    for row in rows:
+    for row in _all(session):
         if row.seq != expected:
             raise AuditDamaged(f"entry {expected} of the audit log is missing")
         if row.previous != previous or row.hash != _hash(row):
             raise AuditDamaged(f"entry {row.seq} of the audit log is not what was written")
         yield row
         previous, expected = row.hash, expected + 1
+
+
+def _all(session: Session) -> Iterator[AuditRow]:
+    """In order of their numbers, a page at a time."""
+    query = select(AuditRow).order_by(AuditRow.seq).limit(_PAGE)
+    rows = session.scalars(query).all()
+    while rows:
+        yield from rows
+        rows = session.scalars(query.where(AuditRow.seq > rows[-1].seq)).all()
 
 
 def _hash(row: AuditRow) -> str:

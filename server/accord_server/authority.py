@@ -71,6 +71,7 @@ class Authority:
         self._lock = threading.RLock()
         self._issuer_cache: tuple[object, _Issuer] | None = None
         self._pair_cache: tuple[object, KeyPair] | None = None
+        self._chain_seen: object = None
 
     @classmethod
     def create(cls, folder: Path, settings: CoordinatorSettings, clock: Callable[[], float] = time.time) -> Authority:
@@ -90,7 +91,7 @@ class Authority:
             new_private(paths.server_key, tls_key_pem(new_tls_key(), passphrase())),
         ):
             made._publish((certificate,))
-            made.renew_server()
+            made.renew_server_if_due()
         return made
 
     @classmethod
@@ -162,13 +163,14 @@ class Authority:
     def renew_server_if_due(self) -> bool:
         """Renew the server's certificate where it is missing, in its last third, of another authority or other names.
 
-        The key stays. True: there is a new one; gRPC follows by itself, the SuperLink wants SIGHUP.
+        The key stays. True: there is a new one since the last call, also where another process made it; gRPC follows by
+        itself, the SuperLink wants SIGHUP.
         """
         with self._lock:
-            if not self._server_is_due():
-                return False
-            self.renew_server()
-            return True
+            if self._server_is_due():
+                self.renew_server()
+            before, self._chain_seen = self._chain_seen, _stamp(self._folder.server_certificate)
+            return before not in (None, self._chain_seen)
 
     def renew_server(self) -> None:
         """A new certificate of the server."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -25,6 +25,7 @@ DATABASE_PASSWORD = "ACCORD_DATABASE_PASSWORD"  # noqa: S105 - the variable's na
 Port = Annotated[int, Field(ge=1, le=65535)]
 Days = Annotated[int, Field(ge=1, le=36500)]
 Seconds = Annotated[float, Field(gt=0, le=10**8, allow_inf_nan=False)]
+_ALL_HOSTS = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
 
 
@@ -136,6 +137,12 @@ class CoordinatorSettings(Table):
         if driver not in ("sqlite", "postgresql+psycopg"):
             raise ValueError(f"database: {driver} is not supported, only sqlite:/// and postgresql+psycopg://")
         return value
+
+    @model_validator(mode="after")
+    def _sites_can_dial(self) -> Self:
+        if self.public_host in _ALL_HOSTS:
+            raise ValueError(f"public.host must be what sites dial (accord server init --name), not {self.public_host}")
+        return self
 
     @property
     def public_host(self) -> str:
@@ -285,8 +292,7 @@ def database_password() -> str | None:
 
 def template(federation: str, host: str = "127.0.0.1", names: tuple[str, ...] = (), database: str | None = None) -> str:
     """The text of a new `coordinator.toml`."""
-    wildcard = host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
-    public = names[0] if wildcard and names else host
+    public = names[0] if host in _ALL_HOSTS and names else host
     others = [name for name in names if name != public]
     kept = f"database = {_quoted(database)}" if database else '# database = "sqlite:///state.db"'
     return f"""\
