@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
@@ -46,6 +47,7 @@ class Keys:
         self._folder = folder
         self.identity = identity
         self._node = node
+        self._lock = threading.RLock()  # key and certificate change together
 
     def __repr__(self) -> str:
         return "Keys(...)"
@@ -99,16 +101,17 @@ class Keys:
 
     def _certificate(self) -> tuple[x509.Certificate, bytes]:
         path = self._folder.certificate
-        try:
-            pem = path.read_bytes()
-            found = x509.load_pem_x509_certificate(pem)
-        except OSError as error:
-            raise IdentityError(f"{path} cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise IdentityError(f"{path} is not a certificate") from None
-        if found.public_key() != self._node.public_key():
-            raise IdentityError(f"{path} is not of this site's key")
-        return found, pem
+        with self._lock:
+            try:
+                pem = path.read_bytes()
+                found = x509.load_pem_x509_certificate(pem)
+            except OSError as error:
+                raise IdentityError(f"{path} cannot be read: {error.strerror}") from None
+            except ValueError:
+                raise IdentityError(f"{path} is not a certificate") from None
+            if found.public_key() != self._node.public_key():
+                raise IdentityError(f"{path} is not of this site's key")
+            return found, pem
 
     def pair(self) -> KeyPair:
         """For TLS.
@@ -116,7 +119,8 @@ class Keys:
         Raises:
             IdentityError: there is no certificate, or it is of another key.
         """
-        return KeyPair(plain_pem(self._node), self._certificate()[1])
+        with self._lock:
+            return KeyPair(plain_pem(self._node), self._certificate()[1])
 
     def member(self, name: str) -> Member:
         """The public entry for the roster.
@@ -156,9 +160,10 @@ class Keys:
         """
         node = read_tls_key(_next_key(self._folder))
         check_certificate(pem, authorities, node.public_key(), name)
-        write_atomic(_next_certificate(self._folder), pem, mode=0o600)
-        _finish_renewal(self._folder)
-        self._node = node
+        with self._lock:
+            write_atomic(_next_certificate(self._folder), pem, mode=0o600)
+            _finish_renewal(self._folder)
+            self._node = node
 
 
 def _identity(folder: SiteFolder) -> Path:

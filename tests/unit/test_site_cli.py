@@ -234,7 +234,7 @@ def test_status_pause_and_resume(run: Run, agent: Agent) -> None:
 def test_status_without_an_agent(run: Run, site: SiteFolder) -> None:
     PlanBook(site.plans).offer(PLAN, "a" * 64, None)
     told = facts(run("status", "--json"))
-    assert (told["state"], told["plans_waiting"]) == ("stopped", [PLAN.hash[:12]])
+    assert (told["state"], told["plans_waiting"]) == ("stopped", [PLAN.hash])
     assert told["roster"] == ""
     assert "accord site up" in ok(run("status"))
     for verb in ("pause", "resume"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from accord_shared.frames import frame
 from accord_shared.identity import verify_both
 from accord_shared.service import keyfile
 from accord_shared.service.keyfile import new_tls_key
-from coordinator_lab import SITE, Authority
+from coordinator_lab import SITE, Authority, at_once
 
 AUTHORITY = Authority()
 PEM = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
@@ -298,3 +299,23 @@ def test_a_renewal_survives_a_crash_at_each_step(
     found = Keys.load(folder)
     assert found.pair().chain == issued
     assert not list(folder.keys.glob("*next*"))
+
+
+def test_no_thread_sees_half_a_renewal(enrolled: Keys) -> None:
+    done = threading.Event()
+
+    def look() -> int:
+        seen = set()
+        while not done.is_set():
+            seen.add(enrolled.pair().chain)
+        return len(seen)
+
+    def renew() -> None:
+        try:
+            for _ in range(20):
+                issued = AUTHORITY.site(enrolled.next_request(SITE), SITE)
+                enrolled.adopt_next(issued, AUTHORITY.pem, SITE)
+        finally:
+            done.set()
+
+    assert max(at_once(look, look, renew)[:2]) > 1

@@ -45,11 +45,8 @@ def up(
 ) -> None:
     """Run the site's agent until it is told to stop. It only connects outwards."""
     from accord_client import agent
-    from accord_shared.service import logs
 
-    site = opened(folder)
-    logs.configure(log_level)
-    agent.run(site.path)
+    agent.run(opened(folder).path, log_level)
 
 
 def status(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
@@ -61,6 +58,7 @@ def status(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
             facts = _facts(agent.Status(pb.Empty(), timeout=CALL_S))
     except NotRunning:
         facts = _stopped(folder)
+    facts["plans_waiting"] = _waiting(folder)
     show(facts, fields(facts | {"runs": [_run(run) for run in facts["runs"]]}), as_json)
 
 
@@ -128,16 +126,20 @@ def _run(run: dict[str, Any]) -> str:
     return f"{run['run']}: round {run['last_round']}, {run['releases']} releases"
 
 
+def _waiting(path: Path) -> list[str]:
+    from accord_client.plans import PlanBook
+
+    return [record.hash for record in PlanBook(opened(path).plans).records() if record.state == "waiting"]
+
+
 def _stopped(path: Path) -> dict[str, Any]:
     """From the folder alone."""
     from accord_client.enrolment import Enrolment
     from accord_client.keystore import Keys, expiry_warning
-    from accord_client.plans import PlanBook
     from accord_client.rosters import RosterBook
 
     folder = opened(path)
     enrolment, keys = Enrolment.read(folder), Keys.load(folder)
-    waiting = [record.hash[:12] for record in PlanBook(folder.plans).records() if record.state == "waiting"]
     warning = expiry_warning(keys.expires)
     return {
         "name": enrolment.name,
@@ -147,6 +149,5 @@ def _stopped(path: Path) -> dict[str, Any]:
         "certificate_expires": keys.expires.isoformat(timespec="seconds"),
         "roster": RosterBook(folder, keys.identity, enrolment.name, enrolment.federation).hash,
         "warnings": [warning] if warning else [],
-        "plans_waiting": waiting,
         "runs": [],
     }
