@@ -446,13 +446,13 @@ class Deployment:
     def operator(self) -> Iterator[Any]:
         """The coordinator's operator."""
         with local_channel(self.server_folder / "control", "coordinator", "the coordinator") as channel:
-            yield rpcs.CoordinatorStub(channel)  # type: ignore[no-untyped-call]
+            yield rpcs.CoordinatorStub(channel)
 
     @contextmanager
     def at_site(self, name: str) -> Iterator[Any]:
         """A site's operator."""
         with local_channel(self.site_folder(name) / "control", "agent", f"the agent of {name}") as channel:
-            yield rpcs.AgentStub(channel)  # type: ignore[no-untyped-call]
+            yield rpcs.AgentStub(channel)
 
     def status(self) -> pb.StatusReply:
         """How the coordinator stands."""
