@@ -393,9 +393,9 @@ class Runs:
             known = {row.site: row for row in session.scalars(select(ReceiptRow))}
             for site, receipt in json.loads(text).items():
                 if site not in known:
-                    session.add(ReceiptRow(site=site, receipt=receipt))
+                    session.add(ReceiptRow(site=site, receipt=receipt, changed_us=_now_us()))
                 elif known[site].receipt != receipt:
-                    known[site].receipt = receipt
+                    known[site].receipt, known[site].changed_us = receipt, _now_us()
 
     def _seal(self) -> Seal | None:
         if not self._settings.rounds.encrypt_checkpoints:
