@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -220,14 +221,33 @@ def test_a_quarantine_that_cannot_be_written_is_said(site: Site) -> None:
         site.load("text,label\na,top up\nb,?\n")
 
 
-def test_a_full_disk_leaves_the_old_quarantine(tmp_path: Path) -> None:
+def test_a_reading_that_breaks_off_leaves_the_old_quarantine(tmp_path: Path) -> None:
     path = tmp_path / "q.csv"
     path.write_text("old")
-    with pytest.raises(OutputError, match="cannot write .*No space"), Quarantine(path) as quarantine:
+
+    def breaks_off(error: BaseException) -> None:
+        with Quarantine(path) as quarantine:
+            quarantine.add(2, "text", "empty", "")
+            raise error
+
+    for error in (OutputError("the disk is full"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            breaks_off(error)
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> tuple[int, str]:
+        (tmp_path / "temporary").touch()
+        return os.open("/dev/full", os.O_WRONLY), str(tmp_path / "temporary")
+
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    quarantine = Quarantine(tmp_path / "q.csv")
+    with pytest.raises(OutputError, match="No space left"), quarantine:
         quarantine.add(2, "text", "empty", "")
-        raise quarantine._failed(OSError(28, "No space left on device"))
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- files that are refused
@@ -348,7 +368,7 @@ def test_parquet_cells_that_fail_are_quarantined_by_record(site: Site) -> None:
 
 def test_parquet_text_must_be_text_and_units_are_no_nan(site: Site) -> None:
     _parquet(site, {"text": [1, 2], "label": ["top up"] * 2})
-    with pytest.raises(DataError, match="2 of 2 rows fail.*not of type string"):
+    with pytest.raises(DataError, match=r"2 of 2 rows fail.*not of type string"):
         _load_parquet(site)
     _parquet(site, {"text": ["a", "b"], "label": ["top up"] * 2, "who": [1.5, float("nan")]})
     loaded = _load_parquet(site, unit="who", schema={"who": "float"})

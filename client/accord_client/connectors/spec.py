@@ -24,8 +24,8 @@ _COMMIT = re.compile(r"hub:[^/@\s]+/[^/@\s]+@[0-9a-f]{40}")
 class ColumnRule(Table):
     """What every cell of a column must be. In TOML either `COL = "integer"` or a table.
 
-    `any` is any plain value; `date` and `timestamp` are ISO 8601; `float` is finite; `min` and `max` are inclusive; `max_length` counts
-    characters; `allowed` lists the cells as they are written.
+    `any` is any plain value; `date` and `timestamp` are ISO 8601; `float` is finite; `min` and `max` are inclusive;
+    `max_length` counts characters; `allowed` lists the cells as they are written.
     """
 
     type: ColumnType = "any"

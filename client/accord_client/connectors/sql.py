@@ -130,10 +130,10 @@ def _batches(connection: Connection, spec: SqlData) -> Iterator[Batch]:
     columns = ", ".join(f"accord_rows.{quoted(name)}" for name in spec.columns)
     # the operator's own query; as a subquery it can neither write nor be more than one statement
     statement = f"SELECT {columns} FROM ({spec.query}\n) AS accord_rows ORDER BY {columns}"  # noqa: S608
-    options = {"stream_results": True, "yield_per": BATCH_ROWS, "no_parameters": True}
+    options = {"stream_results": True, "max_row_buffer": BATCH_ROWS, "no_parameters": True}
     first = 1
     with connection.exec_driver_sql(statement, execution_options=options) as result:
-        for rows in result.partitions():
+        for rows in result.partitions(BATCH_ROWS):
             yield Batch(range(first, first + len(rows)), _transposed(rows))
             first += len(rows)
 
