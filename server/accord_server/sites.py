@@ -213,14 +213,14 @@ class Sites:
         """Note that a site is there; the answer, which still lacks authorities, roster and models.
 
         Raises:
-            NotAdmitted: a newer agent runs under this identity.
+            NotAdmitted: a newer agent runs under this identity, or the site was revoked meanwhile.
             ProtocolError: the request is malformed.
         """
         _check(request)
         at = self._clock() if now is None else now
-        self._note(site.name, request, at)
         with self._database.session() as session:
             key = current_key(session, site.name)
+        self._note(site.name, request, at)
         return pb.HelloReply(
             clock_us=int(at * 1e6),
             state=site.state,
@@ -293,7 +293,7 @@ class Sites:
             enrolled_us=site.enrolled_us,
             seen_us=int(seen.seen_s * 1e6),
             certificate_expires_us=key.expires_us if key is not None else 0,
-            online=seen.online(now),
+            online=site.state != "revoked" and seen.online(now),
             roster=seen.roster,
             skew_s=seen.skew_s,
             version=seen.version,

