@@ -115,8 +115,9 @@ class FlowerExchange:
         return tuple(self._nodes)
 
     def present(self) -> Sequence[str]:
-        """Those of them that were heard of lately."""
-        return tuple(site for site in self._nodes if self._presence.is_there(site))
+        """Those of them that were heard of lately, and did not say goodbye to Flower since."""
+        online = set(self._grid.get_node_ids())
+        return tuple(site for site, node in self._nodes.items() if node in online and self._presence.is_there(site))
 
     def restarted(self) -> frozenset[str]:
         """Sites whose process is another than the one that joined: it has none of its secrets."""
