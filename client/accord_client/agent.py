@@ -41,7 +41,7 @@ from accord_shared.errors import (
     Unreachable,
 )
 from accord_shared.files import only_one, write_atomic
-from accord_shared.messages import Message
+from accord_shared.messages import Enquiry, Message
 from accord_shared.service import logs, notify
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc as services
@@ -317,6 +317,8 @@ class Agent:
             if self.standing.paused and self._gate.begins_work(message):
                 raise SitePaused("this site is paused by its operator")
             self._gate.check(message, datetime.now())
+            if isinstance(message, Enquiry):
+                self._workplace.note_run(message.plan_hash, message.run_id)
             return self._workplace.site.handle(message)
         except SessionLost:
             raise

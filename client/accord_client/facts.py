@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from accord_shared.quantize import packed_bytes
 from accord_shared.secagg.dealing import map_bytes
 from accord_shared.secagg.keys import BUNDLE_BYTES, TAG_BYTES, RunTerms
 from accord_shared.secagg.shamir import SHARE_BYTES
+from accord_shared.vectors import Vector
 from accord_shared.wire import payload_bytes
 
 
@@ -93,3 +96,17 @@ def trainable_parameters(plan: Plan) -> int:
         return classes * encoder.hidden_size
     frame = LabelFrame(torch.ones(classes, encoder.hidden_size), plan.adapter)
     return EncoderModel(encoder, frame, plan, "cpu").layout.dimension
+
+
+def initial_weights(plan: Plan) -> Vector:
+    """The public weights [P] that a run of the plan starts from; its model is loaded for that.
+
+    Raises:
+        ModelError, PlanError: the plan's model is not there or does not have what the plan names.
+    """
+    from accord_client.features import FeatureCache
+    from accord_client.trainer import Runtime
+    from accord_client.workspace import Workspace
+
+    with tempfile.TemporaryDirectory() as cache:
+        return Workspace(plan, FeatureCache(Path(cache)), Runtime()).initial()

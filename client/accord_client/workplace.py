@@ -43,6 +43,7 @@ class Workplace:
         self._workspaces: OrderedDict[str, Workspace] = OrderedDict()
         self._examples: OrderedDict[str, Examples] = OrderedDict()
         self._site: tuple[tuple[Policy, str], Site] | None = None
+        self._newest_run: dict[str, str] = {}
         self._stored: tuple[Policy, SiteStore] | None = None
 
     def check(self) -> None:
@@ -120,12 +121,21 @@ class Workplace:
         log.log(level, "the data set is read", extra=facts)
         return loaded.examples
 
+    def note_run(self, plan_hash: str, run: str) -> None:
+        """Remember the newest run of a plan, for the status."""
+        self._newest_run[plan_hash] = run
+
     def runs(self) -> list[pb.SiteRun]:
-        """What was released under each plan, from the ledger."""
+        """What was released under each plan, from the ledger, and its newest run that this process heard of."""
         balance = self._store(Policy.read(self._folder.policy)).ledger.verify()
         plans = {plan for dataset in balance.datasets() for plan in balance.by_plan(dataset)}
         return [
-            pb.SiteRun(plan_hash=plan, last_round=balance.plan(plan).last_round, releases=balance.plan(plan).rounds)
+            pb.SiteRun(
+                run=self._newest_run.get(plan, ""),
+                plan_hash=plan,
+                last_round=balance.plan(plan).last_round,
+                releases=balance.plan(plan).rounds,
+            )
             for plan in sorted(plans)
         ]
 

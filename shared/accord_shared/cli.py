@@ -64,6 +64,60 @@ def plan_show(file: Annotated[Path, typer.Argument(help="A plan as TOML.")], as_
         typer.echo(f"# sha256:{plan.hash}\n{plan.to_toml()}", nl=False)
 
 
+@plan_app.command("sign")
+def plan_sign(
+    file: Annotated[Path, typer.Argument(help="A plan as TOML.")],
+    key: Annotated[Path, typer.Option(help="The signer's private key (`accord roster identity` makes one).")],
+    out: Annotated[Path, typer.Option(help="Where the signature goes, as JSON.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Vouch for a plan, for `accord server run --signature`: sites name in their policy whose plans they take."""
+    from accord_shared.files import write_atomic
+    from accord_shared.plan import read_plan
+    from accord_shared.service.keyfile import read_identity
+    from accord_shared.signatures import PlanSignature
+
+    plan = read_plan(file)
+    signed = PlanSignature.of(plan.hash, read_identity(key))
+    write_atomic(out, f"{signed.to_json(indent=2)}\n".encode())
+    facts = {"plan_hash": plan.hash, "signer": signed.key.fingerprint, "out": str(out)}
+    typer.echo(json.dumps(facts) if as_json else f"{out}: plan {plan.hash}, signer {facts['signer']}")
+
+
+@plan_app.command("initial")
+def plan_initial(
+    file: Annotated[Path, typer.Argument(help="A plan as TOML.")],
+    out: Annotated[Path, typer.Option(help="Where the weights go, as raw little-endian float32.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Compute the public weights that a run starts from, for `accord server run --initial` on a host without torch."""
+    from accord_shared.files import write_atomic
+    from accord_shared.plan import read_plan
+
+    plan = read_plan(file)
+    weights = initial_weights(plan)
+    write_atomic(out, weights.astype("<f4").tobytes())
+    facts = {"plan_hash": plan.hash, "parameters": len(weights), "out": str(out)}
+    typer.echo(json.dumps(facts) if as_json else f"{out}: {len(weights)} parameters")
+
+
+def initial_weights(plan: Any) -> Any:
+    """The weights [P] that a plan starts from, by the installed client.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    for entry in entry_points(group="accord.initial_weights"):
+        try:
+            compute = entry.load()
+        except ImportError:
+            continue
+        return compute(plan)
+    raise MissingExtra(
+        "the initial weights need the extra [client]: where it is, `accord plan initial PLAN --out FILE` computes them"
+    )
+
+
 _CLIENT_FACTS = (
     "epsilon_all_collude",
     "trainable_parameters",
