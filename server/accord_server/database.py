@@ -121,16 +121,6 @@ class ReceiptRow(Base):
     changed_us: Mapped[int] = mapped_column(BigInteger)
 
 
-class EndorsementRow(Base):
-    """A member's endorsement of a roster."""
-
-    __tablename__ = "endorsements"
-    roster: Mapped[str] = mapped_column(String(64), primary_key=True)
-    name: Mapped[str] = mapped_column(String(64), primary_key=True)
-    endorsement: Mapped[str] = mapped_column(Text)
-    """JSON."""
-
-
 class AuditRow(Base):
     """One entry of the audit log."""
 

@@ -17,6 +17,8 @@ from accord_shared.errors import OutputError
 
 ARCHIVE = "archive.tar"
 _TRIES = 10
+_OF_A_PROCESS = ("control", "flower", "lock")
+"""Sockets, and the SuperLink's database, of which a snapshot is taken."""
 
 
 def write_backup(paths: CoordinatorFolder, settings: CoordinatorSettings, target: Path) -> dict[str, Any]:
@@ -29,6 +31,8 @@ def write_backup(paths: CoordinatorFolder, settings: CoordinatorSettings, target
     """
     if target.exists():
         raise OutputError(f"{target} exists already and is not overwritten")
+    if target.absolute().is_relative_to(paths.path):
+        raise OutputError(f"{target} is in the folder that is backed up: write it elsewhere")
     try:
         for _ in range(_TRIES):
             before = _files(paths.runs)
@@ -62,8 +66,8 @@ def _written(paths: CoordinatorFolder, settings: CoordinatorSettings, work: Path
     with tarfile.open(archive, "w") as tar:
         for at, name in enumerate(found):
             tar.add(work / f"{at}.db", name)
-        for path in (paths.settings, paths.keys, paths.certificates, paths.roster, paths.runs):
-            if path.exists():
+        for path in sorted(paths.path.iterdir()):
+            if path.name not in _OF_A_PROCESS and (own is None or not path.name.startswith(own.name)):
                 tar.add(path, path.name, filter=_kept)
         names = tar.getnames()
     with archive.open("rb") as file:

@@ -105,11 +105,9 @@ def up(
 ) -> None:
     """Run the coordinator until it is told to stop."""
     from accord_server import daemon
-    from accord_shared.service.logs import configure
 
     paths, _ = opened(folder)
-    configure(log_level)
-    daemon.run(paths.path)
+    daemon.run(paths.path, log_level)
 
 
 def backup(

@@ -108,7 +108,7 @@ def _fitting(data: bytes) -> bytes:
 
 
 def runs(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
-    """All runs, the newest first."""
+    """All runs, the oldest first."""
     from accord_shared.service.pb import accord_pb2 as pb
 
     with coordinator(folder) as server:

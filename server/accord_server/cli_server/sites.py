@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ from accord_server.cli_server.options import (
     opened,
     show,
 )
-from accord_shared.errors import BadInput, OutputError, RosterError
+from accord_shared.errors import BadInput, NotRunning, OutputError, RosterError
 
 if TYPE_CHECKING:
     from accord_shared.roster import SignedRoster
@@ -188,25 +189,25 @@ def set_roster(
     signed = _verified(file)
     with coordinator(folder) as server:
         made = server.SetRoster(pb.RosterReply(roster=signed.to_json()), timeout=CALL_S)
-    facts = {
-        "hash": made.hash,
-        "serial": made.serial,
-        "members": made.members,
-        "endorsements": made.endorsements,
-        "quorum": made.quorum,
-    }
+    facts = {"hash": made.hash, "serial": made.serial, "members": made.members, **_endorsed(made)}
     show(facts, fields(facts), as_json)
+
+
+def _endorsed(info: pb.RosterInfo) -> dict[str, Any]:
+    return {"endorsements": info.endorsements, "quorum": info.quorum}
 
 
 @roster_app.command("show")
 def show_roster(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
-    """The roster that the coordinator offers."""
+    """The roster that the coordinator offers, and while it runs who endorses it."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
     path = opened(folder)[0].roster
     if not path.exists():
         raise BadInput("the coordinator has no roster: `accord server roster set` gives it one")
     signed = _verified(path)
     roster = signed.roster
-    facts = {
+    facts: dict[str, Any] = {
         "federation": roster.federation,
         "hash": roster.hash,
         "serial": roster.serial,
@@ -214,6 +215,8 @@ def show_roster(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
         "colluders": roster.colluders,
         "roster_key": signed.key.fingerprint,
     }
+    with suppress(NotRunning), coordinator(folder) as server:
+        facts |= _endorsed(server.SetRoster(pb.RosterReply(), timeout=CALL_S))
     members = [{"name": member.name, "fingerprint": member.fingerprint} for member in roster.members]
     lines = [*fields(facts), *(f"  {member['fingerprint']}  {member['name']}" for member in members)]
     show(facts | {"members": members}, lines, as_json)
