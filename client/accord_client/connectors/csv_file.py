@@ -17,8 +17,12 @@ from accord_client.connectors.source import Batch, Source, one_line, require_col
 from accord_client.connectors.spec import CsvData
 from accord_shared.errors import DataError, MissingExtra
 
+_BOM = b"\xef\xbb\xbf"
 _HEADER_BYTES = 2**20
 _BLOCK_BYTES = 2**22
+_MOST_SHOWN = 200
+_BYTES = "latin-1"
+"""What pyarrow takes the file for: one byte, one character. So one bad byte is one bad row, not the end of the file."""
 _DELIMITERS = ",;\t|"
 
 
@@ -63,7 +67,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _header(path: Path, file: BinaryIO, delimiter: str) -> list[str]:
     head = file.read(_HEADER_BYTES)
-    if not head.removeprefix(b"\xef\xbb\xbf").strip():
+    if not head.removeprefix(_BOM).strip():
         raise DataError(f"{path}: the file is empty")
     lines = io.StringIO(head.decode("utf-8-sig", "surrogateescape"), newline="")
     try:
@@ -89,10 +93,12 @@ class _Ended(io.RawIOBase):
     """A file with one more row, of one secret word: if it does not come out as a row, the file ended in quotes."""
 
     def __init__(self, file: BinaryIO, columns: int, delimiter: str) -> None:
-        self.word = secrets.token_hex(16).encode()
+        self.word = secrets.token_hex(16)
         self._file = file
-        self._last = delimiter.encode().join([self.word] * columns) + b"\n"
+        self._last = delimiter.join([self.word] * columns).encode() + b"\n"
         self._newline = True
+        if file.read(len(_BOM)) != _BOM:
+            file.seek(0)
 
     def readable(self) -> bool:
         return True
@@ -110,14 +116,14 @@ class _Malformed:
     """Rows whose width is not the header's, as pyarrow reports them; it parses ahead of what it hands over."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, tuple[str, str]] = {}
+        self._rows: dict[int, tuple[str, bytes]] = {}
 
     def __call__(self, row: Any) -> str:
         reason = f"{row.actual_columns} columns where the header has {row.expected_columns}"
-        self._rows[row.number] = (reason, row.text[:200])
+        self._rows[row.number] = (reason, row.text[:_MOST_SHOWN].encode(_BYTES))
         return "skip"
 
-    def take(self, number: int) -> tuple[int, str, str] | None:
+    def take(self, number: int) -> tuple[int, str, bytes] | None:
         found = self._rows.pop(number, None)
         return None if found is None else (number, *found)
 
@@ -126,12 +132,13 @@ def _batches(spec: CsvData, path: Path, file: BinaryIO, columns: int) -> Iterato
     pa, pc = _pyarrow()
     ended, malformed = _Ended(file, columns, spec.delimiter), _Malformed()
     block = max(_BLOCK_BYTES, 4 * spec.most_characters)
+    names = [name.encode().decode(_BYTES) for name in spec.columns]
     numbers = count(2)
     held: Batch | None = None
     try:
         reader = pc.open_csv(
             ended,
-            read_options=pc.ReadOptions(use_threads=False, block_size=block),
+            read_options=pc.ReadOptions(use_threads=False, block_size=block, encoding=_BYTES),
             parse_options=pc.ParseOptions(
                 delimiter=spec.delimiter,
                 newlines_in_values=True,
@@ -139,16 +146,15 @@ def _batches(spec: CsvData, path: Path, file: BinaryIO, columns: int) -> Iterato
                 invalid_row_handler=malformed,
             ),
             convert_options=pc.ConvertOptions(
-                check_utf8=False,  # cells are decoded one by one, so that one bad byte is one bad row
-                column_types=dict.fromkeys(spec.columns, pa.large_binary()),
-                include_columns=list(spec.columns),
+                column_types=dict.fromkeys(names, pa.large_string()),
+                include_columns=names,
             ),
         )
         for batch in reader:
             if held is not None:
                 yield held
-            held = _numbered([column.to_pylist() for column in batch.columns], batch.num_rows, numbers, malformed)
-    except pa.ArrowInvalid as error:
+            held = _numbered([_cells(column) for column in batch.columns], batch.num_rows, numbers, malformed)
+    except pa.ArrowException as error:
         if "straddling" in str(error):
             problem = f"a row is longer than a block of {block} bytes: is a quote not closed?"
             raise DataError(f"{path}, after row {next(numbers) - 1}: {problem}") from None
@@ -156,9 +162,14 @@ def _batches(spec: CsvData, path: Path, file: BinaryIO, columns: int) -> Iterato
     yield _without_end(path, held, ended.word)
 
 
+def _cells(column: Any) -> list[str | bytes]:
+    """Cells as they are in the file: ASCII, or bytes that are yet to be decoded."""
+    return [cell if cell.isascii() else cell.encode(_BYTES) for cell in column.to_pylist()]
+
+
 def _numbered(cells: list[list[Any]], rows: int, numbers: count[int], malformed: _Malformed) -> Batch:
     given: list[int] = []
-    bad: list[tuple[int, str, str]] = []
+    bad: list[tuple[int, str, bytes]] = []
     while len(given) < rows:
         number = next(numbers)
         report = malformed.take(number)
@@ -169,7 +180,7 @@ def _numbered(cells: list[list[Any]], rows: int, numbers: count[int], malformed:
     return Batch(given, cells, bad)
 
 
-def _without_end(path: Path, last: Batch | None, word: bytes) -> Batch:
+def _without_end(path: Path, last: Batch | None, word: str) -> Batch:
     if last is None or not last.numbers or any(column[-1] != word for column in last.cells):
         raise DataError(f"{path}: ends within quotes: one is not closed")
     return Batch(last.numbers[:-1], [column[:-1] for column in last.cells], last.malformed)

@@ -20,7 +20,7 @@ class Batch:
 
     numbers: Sequence[int]
     cells: Sequence[Sequence[Any]]
-    malformed: Sequence[tuple[int, str, str]] = ()
+    malformed: Sequence[tuple[int, str, bytes]] = ()
 
 
 @dataclass(frozen=True)

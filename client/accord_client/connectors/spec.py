@@ -120,7 +120,7 @@ class CsvData(_Records):
     kind: Literal["csv"]
     path: str = Field(min_length=1)
     """Relative to the site's folder."""
-    delimiter: str = Field(default=",", pattern=r"^[^\"\r\n\x00]$")
+    delimiter: str = Field(default=",", pattern=r"^[\t -!#-~]$")
 
 
 class ParquetData(_Records):
