@@ -201,7 +201,7 @@ class FlowerExchange:
         now, again = time.monotonic(), self._timing.ask_again_s
         asked = {item.node for item in self._greetings.values()}
         for node in self.refusals:
-            if again is not None and node not in asked and now - self._greeted[node] >= again:
+            if again is not None and node not in asked and now - self._greeted.get(node, now) >= again:
                 del self._greeted[node]
         there = (node for node in sorted(self._grid.get_node_ids()) if self._presence.is_there(self._name(node)))
         fresh = [node for node in there if node not in self._greeted]
@@ -223,7 +223,8 @@ class FlowerExchange:
             self._enter(asked.node, _reply(answer))
         for identity, asked in list(self._greetings.items()):
             if self._boot(asked.node) != asked.boot:  # its process is another by now and will not answer
-                del self._greetings[identity], self._greeted[asked.node]
+                del self._greetings[identity]
+                self._greeted.pop(asked.node, None)
 
     def _pause(self, at_least_s: float) -> None:
         if self._stopping():
