@@ -261,6 +261,19 @@ def test_a_reply_that_does_not_fit_leaves_no_enrolment(lie: str, coordinator: Co
         Enrolment.read(folder)
 
 
+def test_another_authority_than_the_token_s_does_not_take_over(coordinator: Coordinator, folder: SiteFolder) -> None:
+    def bend(reply: Any) -> Any:
+        key = x509.load_der_x509_csr(coordinator.asked[-1].certificate_request).public_key()
+        reply.certificate, reply.authorities = OTHER.of_key(key, SITE), OTHER.pem
+        return reply
+
+    coordinator.bend["Enrol"] = bend
+    assert "lack the one that the token names" in refused_line(
+        ImpostorError, lambda: enrol(coordinator.token(), folder.path)
+    )
+    assert not folder.enrolment.exists()
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "unknown key", "bad name"])
 def test_a_damaged_enrolment_is_said(damage: str, client: CoordinatorClient, folder: SiteFolder) -> None:
     text = folder.enrolment.read_text()

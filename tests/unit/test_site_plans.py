@@ -81,7 +81,7 @@ def test_a_policy_that_became_stricter_stands_above_an_approval(book: PlanBook) 
 
 
 def test_what_a_refused_plan_was_not_given_it_does_not_get_later(book: PlanBook) -> None:
-    book.offer(PLAN, ME, "hours")
+    book.offer(PLAN, ME, "run.rounds: too many", automatic=True)
     book.offer(PLAN, ME, None)
     with pytest.raises(PlanNotApproved):
         book.require(PLAN.hash)

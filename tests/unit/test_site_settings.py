@@ -18,7 +18,7 @@ from accord_shared.frames import frame
 from accord_shared.identity import verify_both
 from accord_shared.service import keyfile
 from accord_shared.service.keyfile import new_tls_key
-from coordinator_lab import SITE, Authority, at_once
+from coordinator_lab import SITE, Authority, at_once, key_of
 
 AUTHORITY = Authority()
 PEM = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
@@ -235,6 +235,8 @@ def test_authorities_are_few_and_whole() -> None:
     assert len(read_authorities(AUTHORITY.pem + other.pem)) == 2
     with pytest.raises(ImpostorError):
         read_authorities(AUTHORITY.pem + b"#" * 70_000)
+    with pytest.raises(ImpostorError):
+        read_authorities(AUTHORITY.pem + AUTHORITY.of_key(new_tls_key().public_key(), SITE))
 
 
 @pytest.mark.parametrize(("days", "word"), [(31, None), (29, "expires on"), (-1, "expired on")])
@@ -307,7 +309,9 @@ def test_no_thread_sees_half_a_renewal(enrolled: Keys) -> None:
     def look() -> int:
         seen = set()
         while not done.is_set():
-            seen.add(enrolled.pair().chain)
+            pair = enrolled.pair()
+            assert x509.load_pem_x509_certificate(pair.chain).public_key() == key_of(pair).public_key()
+            seen.add(pair.chain)
         return len(seen)
 
     def renew() -> None:
