@@ -258,7 +258,9 @@ class Agent:
 
     @contextmanager
     def _connection(self) -> Iterator[FleetConnection]:
-        connection = FleetConnection(self._enrolment.fleet_address, self._client.authorities, self._keys.node)
+        connection = FleetConnection(
+            self._enrolment.fleet_address, self._client.authorities, self._keys.node, self._folder.path / "node.json"
+        )
         try:
             yield connection
         finally:

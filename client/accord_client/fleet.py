@@ -6,12 +6,15 @@ way to ask for an app bundle, so nothing that a coordinator ships is unpacked, i
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import ssl
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import httpx
@@ -45,7 +48,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from accord_shared.errors import NotAdmitted, ProtocolError, Unreachable
+from accord_shared.errors import NotAdmitted, OutputError, ProtocolError, Unreachable
+from accord_shared.files import write_atomic
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -79,9 +83,14 @@ class FleetConnection:
 
     `authorities` are the PEM certificates that may sign the SuperLink's. All methods raise `Unreachable` where nobody
     answers (trying again may help) and `NotAdmitted` where the SuperLink does not know this node's key.
+
+    Flower activates no node that it takes to be online, for a minute after a connection that was cut or a process that
+    was killed. The number of the node is remembered in `memory`, and such a node goes on under it.
     """
 
-    def __init__(self, address: str, authorities: bytes, key: EllipticCurvePrivateKey) -> None:
+    def __init__(
+        self, address: str, authorities: bytes, key: EllipticCurvePrivateKey, memory: Path | None = None
+    ) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_verify_locations(cadata=authorities.decode("ascii"))
@@ -95,14 +104,29 @@ class FleetConnection:
         )
         self._ended = threading.Event()
         try:
-            request = ActivateNodeRequest(
-                public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
-            )
-            self._node = Node(node_id=_asked(self._client.ActivateNode, request).node_id)
+            self._node = Node(node_id=self._activated(public_key_to_bytes(key.public_key()), memory))
         except BaseException:
             self._client.close()
             raise
         threading.Thread(target=self._beat, name="fleet-heartbeat", daemon=True).start()
+
+    def _activated(self, public_key: bytes, memory: Path | None) -> int:
+        """The node's number."""
+        digest = hashlib.sha256(public_key).hexdigest()
+        request = ActivateNodeRequest(public_key=public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        try:
+            node = int(_asked(self._client.ActivateNode, request).node_id)
+        except _OnlineAlready:
+            known = _remembered(memory, digest)
+            if known is None:
+                raise
+            beat = SendNodeHeartbeatRequest(node=Node(node_id=known), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+            _asked(self._client.SendNodeHeartbeat, beat)
+            return known
+        if memory is not None and _remembered(memory, digest) != node:
+            with suppress(OutputError):  # a full disk keeps nobody away
+                write_atomic(memory, json.dumps({"key": digest, "node": node}).encode(), mode=0o600)
+        return node
 
     def _beat(self) -> None:
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
@@ -169,6 +193,19 @@ class FleetConnection:
         self._client.close()
 
 
+class _OnlineAlready(Unreachable):
+    """The SuperLink takes the node to be online, so it does not activate it."""
+
+
+def _remembered(memory: Path | None, digest: str) -> int | None:
+    """The number of the node of a key, if it was noted."""
+    try:
+        found = json.loads(memory.read_bytes()) if memory is not None else {}
+        return int(found["node"]) if found.get("key") == digest else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _asked(call: Callable[..., T], request: object) -> T:
     """The answer to a request, with typed errors."""
     try:
@@ -177,7 +214,8 @@ def _asked(call: Callable[..., T], request: object) -> T:
         status = error.response.status_code
         if status in (401, 403, 404):
             raise NotAdmitted("the coordinator's SuperLink does not know this site's key") from None
-        raise Unreachable(f"the coordinator's SuperLink answered with status {status}") from None
+        kind = _OnlineAlready if status == 412 else Unreachable
+        raise kind(f"the coordinator's SuperLink answered with status {status}") from None
     except (httpx.HTTPError, ssl.SSLError) as error:
         refused = "certificate" in str(error).lower() or "ssl" in str(error).lower()
         why = "its certificate or TLS version is refused" if refused else "no answer"
