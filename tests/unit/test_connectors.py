@@ -6,6 +6,8 @@ import csv
 import gzip
 import os
 import stat
+import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 
 from accord_client.connectors import DataSpec, Loaded, check_plan, inspect, load, make_spec
 from accord_client.connectors.quarantine import Quarantine, plain
-from accord_shared.errors import DataError, OutputError, SettingsError
+from accord_shared.errors import DataError, MissingExtra, OutputError, SettingsError
 from accord_shared.plan import Plan
 
 PlanOf = Callable[..., Plan]
@@ -333,6 +335,28 @@ def test_inspect_reads_the_first_rows_and_writes_nothing(site: Site) -> None:
 def test_inspect_stops_early(site: Site) -> None:
     site.write("text,label\n" + f"{'x' * 100},top up\n" * 200_000)
     assert 1000 <= inspect(spec_of(), folder=site.folder).rows < 100_000
+
+
+def test_memory_is_bounded_by_a_batch(site: Site) -> None:
+    def peak(rows: int) -> int:
+        site.write("text,label\n" + f"{'x' * 2000},top up\n" * rows)
+        tracemalloc.start()
+        try:
+            assert inspect(spec_of(), folder=site.folder, rows=10**9).rows == rows
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(60_000) < 1.2 * peak(20_000)
+
+
+@pytest.mark.parametrize("path", ["data.csv", "data.parquet"])
+def test_without_pyarrow_the_extra_is_named(site: Site, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.write("text,label\na,top up\n")
+    for module in ("pyarrow", "pyarrow.csv", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtra, match="client"):
+        site.load(kind=path.partition(".")[2], path=path)
 
 
 # --- parquet

@@ -9,6 +9,7 @@ import shutil
 import socket
 import sqlite3
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import psycopg
 import pytest
 
 from accord_client.connectors import Loaded, inspect, load, make_spec
-from accord_shared.errors import AccordError, DataError, SettingsError, Unreachable
+from accord_shared.errors import AccordError, DataError, MissingExtra, SettingsError, Unreachable
 from accord_shared.plan import Plan
 
 PlanOf = Callable[..., Plan]
@@ -205,6 +206,15 @@ def test_a_password_that_is_not_set_is_said(plan: Plan, tmp_path: Path) -> None:
 def test_a_malformed_port_is_said(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="malformed"):
         read(plan, tmp_path, url="postgresql://u@h:port/db")
+
+
+@pytest.mark.parametrize(("module", "extra"), [("sqlalchemy", "client"), ("psycopg", "postgresql")])
+def test_without_the_library_the_extra_is_named(
+    plan: Plan, tmp_path: Path, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtra, match=extra):
+        read(plan, tmp_path, url="postgresql://u@127.0.0.1:1/db")
 
 
 # --- PostgreSQL
