@@ -165,6 +165,15 @@ class _Listening:
     def sites(self) -> Sequence[str]:
         return self._inner.sites()
 
+    def present(self) -> Sequence[str]:
+        return self._inner.present()
+
+    def restarted(self) -> frozenset[str]:
+        return self._inner.restarted()
+
+    def ready(self, minimum: int) -> None:
+        self._inner.ready(minimum)
+
     def send(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Reply]]:
         for site, reply in self._inner.send(requests):
             if isinstance(reply, TrainReply):
