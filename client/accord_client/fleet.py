@@ -81,7 +81,8 @@ class Incoming:
 class FleetConnection:
     """An authenticated connection to a SuperLink, TLS 1.3 only; opened when it is made, closed by `close`.
 
-    `authorities` are the PEM certificates that may sign the SuperLink's. All methods raise `Unreachable` where nobody
+    `authorities` are the PEM certificates that may sign the SuperLink's; `before` is the node that an earlier process or
+    connection of this site was, which may not have said goodbye. All methods raise `Unreachable` where nobody
     answers (trying again may help) and `NotAdmitted` where the SuperLink does not know this node's key.
 
     Flower activates no node that it takes to be online, for a minute after a connection that was cut or a process that
@@ -127,6 +128,11 @@ class FleetConnection:
             with suppress(OutputError):  # a full disk keeps nobody away
                 write_atomic(memory, json.dumps({"key": digest, "node": node}).encode(), mode=0o600)
         return node
+
+    @property
+    def node(self) -> int:
+        """Flower's number of this node."""
+        return int(self._node.node_id)
 
     def _beat(self) -> None:
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
