@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 BACKDATED = timedelta(days=1)
 """Certificates begin in the past: a site whose clock is behind is told so by the API, not by a failed handshake."""
+WORTHWHILE = timedelta(hours=1)
+"""A certificate is renewed for at least so much: near its authority's end there is no later one."""
 MOST_REQUEST = 8192
 """Bytes of a certificate request."""
 _UNITS = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
@@ -105,7 +107,8 @@ class Authority:
         issuer = found._issuer()
         if found._folder.authority.read_bytes() != _pem(issuer.certificate):
             found._publish((issuer.certificate, *found._trusted()))
-        found.renew_server_if_due()
+        if not found.expired:
+            found.renew_server_if_due()
         return found
 
     # --- certificates
@@ -131,9 +134,10 @@ class Authority:
 
     def _issued(self, usage: _Usage) -> x509.Certificate:
         issuer, now = self._issuer(), self._now()
-        end = min(now + timedelta(days=usage.days), issuer.certificate.not_valid_after_utc)
+        if self.expired:
+            raise IdentityError("the authority's certificate has ended: `accord server authority rotate` makes another")
         builder = (
-            _builder(usage.subject, usage.key, now - BACKDATED, end)
+            _builder(usage.subject, usage.key, now - BACKDATED, self.latest_end(usage.days))
             .issuer_name(issuer.certificate.subject)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage("digital_signature"), critical=True)
@@ -143,6 +147,10 @@ class Authority:
         if usage.names is not None:
             builder = builder.add_extension(usage.names, critical=False)
         return builder.sign(issuer.key, SHA256())
+
+    def latest_end(self, days: int) -> datetime:
+        """When a certificate of so many days would end that is made now: none outlives its authority."""
+        return min(self._now() + timedelta(days=days), self.certificate().not_valid_after_utc)
 
     # --- the server
 
@@ -183,11 +191,11 @@ class Authority:
         if not self._folder.server_certificate.exists():
             return True
         chain, issuer = x509.load_pem_x509_certificates(_read(self._folder.server_certificate)), self._issuer()
-        left = chain[0].not_valid_after_utc - self._now()
-        lifetime = timedelta(days=self._settings.certificates.server_days)
+        end, days = chain[0].not_valid_after_utc, self._settings.certificates.server_days
+        late = end - self._now() < timedelta(days=days) / 3 and self.latest_end(days) - end > WORTHWHILE
         names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return (
-            left < lifetime / 3
+            late
             or chain[0].issuer != issuer.certificate.subject
             or tuple(chain[1:]) != issuer.links
             or list(names) != [_general_name(name) for name in self._settings.names]
@@ -212,6 +220,11 @@ class Authority:
         return x509.load_pem_x509_certificate(certificate).issuer == self.certificate().subject
 
     @property
+    def expired(self) -> bool:
+        """Whether the authority that signs now has come to its end, and all of its certificates."""
+        return self.certificate().not_valid_after_utc <= self._now()
+
+    @property
     def rotating(self) -> bool:
         """Whether an older authority is trusted beside the one that signs now."""
         return len(self._trusted()) > 1
@@ -227,10 +240,10 @@ class Authority:
                 raise BadInput("an older authority is still trusted: retire it first")
             old, key = self._issuer(), new_tls_key()
             new = self._self_signed(key)
-            link = _linked(new, old)
-            self._publish((new, old.certificate), signs=old.certificate)
-            write_atomic(self._folder.authority_key, _bundle(key, (new, link)), mode=0o600)  # from here on it signs
-            self._publish((new, old.certificate))
+            links, older = ((), ()) if self.expired else ((_linked(new, old),), (old.certificate,))
+            self._publish((new, *older), signs=old.certificate)
+            write_atomic(self._folder.authority_key, _bundle(key, (new, *links)), mode=0o600)  # from here on it signs
+            self._publish((new, *older))
             self.renew_server()
             return new
 

@@ -40,24 +40,22 @@ class Metrics:
         self.download = Counter("accord_download_bytes", "Bytes that sites were sent in rounds.", **kept)
         self.superlink = Gauge("accord_superlink_up", "Whether the SuperLink answers.", **kept)
         self._audit_entries = 0
+        self._skewed: set[str] = set()
+        self._expiring: set[str] = set()
         self.registry.register(_AuditEntries(lambda: self._audit_entries))
 
     def show_sites(self, sites: Iterable[pb.SiteInfo]) -> None:
         """Show these sites and no others."""
         shown = list(sites)
-        self.skew.clear()
-        self.expiry.clear()
         for state in SITE_STATES:
             self.sites.labels(state).set(sum(site.state == state for site in shown))
         self.sites_online.set(sum(site.online for site in shown))
-        for site in shown:
-            if site.online:
-                self.skew.labels(site.name).set(site.skew_s)
-            if site.certificate_expires_us:
-                self.expiry.labels(f"site:{site.name}").set(site.certificate_expires_us / 1e6)
+        _show(self.skew, {site.name: site.skew_s for site in shown if site.online}, self._skewed)
+        ends = {f"site:{site.name}": site.certificate_expires_us / 1e6 for site in shown if site.certificate_expires_us}
+        _show(self.expiry, ends, self._expiring)
 
     def show_certificates(self, server_us: int, authority_us: int) -> None:
-        """Show when the server's and the authority's certificate end, in microseconds; after `show_sites`."""
+        """Show when the server's and the authority's certificate end, in microseconds."""
         self.expiry.labels("server").set(server_us / 1e6)
         self.expiry.labels("authority").set(authority_us / 1e6)
 
@@ -86,6 +84,16 @@ class Metrics:
             yield server.server_port
         finally:
             _stop(server, thread)
+
+
+def _show(gauge: Gauge, values: dict[str, float], known: set[str]) -> None:
+    """Set these values; remove what `known` has beyond them. Whoever reads meanwhile sees too much, never too little."""
+    for label, value in values.items():
+        gauge.labels(label).set(value)
+    for label in known - values.keys():
+        gauge.remove(label)
+    known.clear()
+    known.update(values)
 
 
 class _AuditEntries(Collector):

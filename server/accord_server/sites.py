@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 import httpx
@@ -27,7 +27,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from accord_server.audit import AuditLog
-from accord_server.authority import Authority
+from accord_server.authority import WORTHWHILE, Authority
 from accord_server.database import Database, InvitationRow, Site, SiteKey
 from accord_server.settings import CoordinatorSettings
 from accord_shared.errors import BadInput, NotAdmitted, ProtocolError, Unreachable
@@ -249,9 +249,11 @@ class Sites:
     def _is_due(self, key: SiteKey, now: float) -> bool:
         """A certificate in its last third (or its last `warn_days`, if that is later), or of an older authority."""
         spec = self._settings.certificates
+        end = datetime.fromtimestamp(key.expires_us / 1e6, UTC)
         before = min(timedelta(days=spec.warn_days), timedelta(days=spec.site_days) / 3)
-        late = key.expires_us / 1e6 - now < before.total_seconds()
-        return late or not self._authority.is_of_current(key.certificate.encode())
+        late = end - datetime.fromtimestamp(now, UTC) < before
+        worthwhile = self._authority.latest_end(spec.site_days) - end > WORTHWHILE
+        return (late and worthwhile) or not self._authority.is_of_current(key.certificate.encode())
 
     # --- for the daemon
 

@@ -236,6 +236,28 @@ def test_rotation_and_retirement(tmp_path: Path, authority: Authority) -> None:
     authority.rotate()
 
 
+def test_near_its_end_an_authority_does_not_renew_for_ever(authority: Authority, clock: Clock) -> None:
+    clock.turn(days=3640)
+    assert authority.renew_server_if_due()
+    clock.turn(days=1)
+    assert not authority.renew_server_if_due()
+    assert authority.server_expiry() == authority.certificate().not_valid_after_utc
+
+
+def test_an_authority_that_has_ended_is_replaced(tmp_path: Path, authority: Authority, clock: Clock) -> None:
+    clock.turn(days=3700)
+    late = Authority.load(tmp_path, SETTINGS, clock)
+    assert late.expired
+    with pytest.raises(IdentityError, match="authority rotate"):
+        late.issue_site(Bank("b").csr(), "b", 90)
+    new = late.rotate()
+    assert not late.rotating
+    assert x509.load_pem_x509_certificates(late.authorities()) == [new]
+    certificate(late.server_pair().chain).verify_directly_issued_by(new)
+    certificate(late.issue_site(Bank("b").csr(), "b", 90)).verify_directly_issued_by(new)
+    assert authority.certificate() == new
+
+
 @pytest.mark.parametrize("writes", range(1, 6))
 def test_a_crash_within_a_rotation_leaves_a_sound_authority(
     tmp_path: Path, authority: Authority, clock: Clock, monkeypatch: pytest.MonkeyPatch, writes: int

@@ -508,6 +508,14 @@ def test_a_site_is_asked_to_renew_in_time(parts: Parts) -> None:
     assert asked()
 
 
+def test_a_site_is_not_asked_for_ever_near_the_authoritys_end(parts: Parts) -> None:
+    parts.clock.turn(days=3640)
+    _, shown = parts.enrolled("bank 1")
+    site = parts.sites.of_certificate(shown)
+    assert not parts.sites.hello(site, hello(at=parts.clock.now)).renew
+    assert shown.not_valid_after_utc == parts.authority.certificate().not_valid_after_utc
+
+
 def test_a_rotated_authority_reaches_sites_without_enrolment(parts: Parts) -> None:
     bank, old = parts.enrolled("bank 1")
     parts.sites.approve("bank 1")

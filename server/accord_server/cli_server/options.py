@@ -41,7 +41,7 @@ def coordinator(path: Path) -> Iterator[Any]:
 
     folder, _ = opened(path)
     with local_channel(folder.control, "coordinator", "the coordinator") as channel:
-        yield accord_pb2_grpc.CoordinatorStub(channel)  # type: ignore[no-untyped-call]
+        yield accord_pb2_grpc.CoordinatorStub(channel)
 
 
 def show(facts: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
