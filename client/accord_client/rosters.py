@@ -41,19 +41,32 @@ class RosterBook:
         self._identity = identity
         self._name = name
         self._federation = federation
+        self._read: tuple[tuple[int, ...], SignedRoster | None] | None = None
 
     @property
     def accepted(self) -> SignedRoster | None:
-        """The accepted roster; its signatures are checked again.
+        """The accepted roster; its signatures are checked whenever the file is another one.
 
         Raises:
             SettingsError: the file is damaged.
         """
+        stamp = self._stamp()
+        if self._read is None or self._read[0] != stamp:
+            self._read = stamp, self._from_file() if stamp else None
+        return self._read[1]
+
+    def _stamp(self) -> tuple[int, ...]:
+        """Changes with the file; empty where there is none."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return ()
+        return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+    def _from_file(self) -> SignedRoster:
         try:
             signed = SignedRoster.from_json(self._path.read_bytes())
             signed.verify()
-        except FileNotFoundError:
-            return None
         except (OSError, RosterError) as error:
             raise SettingsError(f"{self._path} is damaged: {error}") from None
         return signed

@@ -25,7 +25,7 @@ from accord_client.settings import SiteFolder
 from accord_client.store import SiteStore
 from accord_shared.dp.accounting import epsilon
 from accord_shared.dp.events import SampledGaussian
-from accord_shared.errors import PolicyRefused, Unreachable
+from accord_shared.errors import NotAdmitted, PolicyRefused, Unreachable
 from accord_shared.identity import Identity
 from accord_shared.roster import Roster, SignedRoster, sign_roster
 from accord_shared.service import rpc
@@ -134,6 +134,13 @@ def test_a_roster_from_first_to_next(run: Run, site: SiteFolder, coordinator: Co
     shown = facts(run("roster", "show", "--json"))
     assert (shown["accepted"]["hash"], shown["offered"]) == (first.roster.hash, None)
     assert "cannot be reached" in shown["problem"]
+
+
+def test_a_revoked_site_still_shows_what_it_trusts(run: Run, site: SiteFolder, coordinator: Coordinator) -> None:
+    coordinator.refuse["GetRoster"] = NotAdmitted("this site was revoked")
+    shown = facts(run("roster", "show", "--json"))
+    assert (shown["accepted"], shown["problem"]) == (None, "this site was revoked")
+    refused(run("roster", "accept", "0" * 64), "this site was revoked")
 
 
 def test_a_roster_that_cannot_follow_is_said(run: Run, site: SiteFolder, coordinator: Coordinator) -> None:

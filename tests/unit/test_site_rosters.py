@@ -171,6 +171,16 @@ def test_what_is_adopted_is_adopted_again(trusting: RosterBook) -> None:
     assert trusting.adopt_by_quorum(FIRST, []).adopted
 
 
+def test_what_another_process_adopts_is_seen(trusting: RosterBook, tmp_path: Path) -> None:
+    """The operator's command writes the file while the agent runs."""
+    assert trusting.hash == FIRST.roster.hash
+    command = RosterBook(SiteFolder(tmp_path), BANKS[ME], ME, FEDERATION)
+    assert command.adopt_by_quorum(NEXT, ENOUGH).adopted
+    assert trusting.hash == NEXT.roster.hash
+    (tmp_path / "roster.json").unlink()
+    assert trusting.roster is None
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "altered", "binary"])
 def test_a_damaged_roster_is_trusted_no_more(damage: str, trusting: RosterBook, tmp_path: Path) -> None:
     path = tmp_path / "roster.json"

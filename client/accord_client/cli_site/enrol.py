@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, Json, fields, opened, show
-from accord_shared.errors import BadInput, Unreachable
+from accord_shared.errors import BadInput, NotAdmitted, Unreachable
 
 if TYPE_CHECKING:
     from accord_client.coordinator import CoordinatorClient, OfferedRoster
@@ -25,7 +25,9 @@ def enrol(
     token: Annotated[str, typer.Argument(help="The one-time token of the coordinator's operator; - reads it.")],
     name: Annotated[str | None, typer.Option(help="The name that the token is expected to be for.")] = None,
     again: Annotated[bool, typer.Option("--again", help="New certificate for a folder that is enrolled.")] = False,
-    new_key: Annotated[bool, typer.Option("--new-key", help="With --again, after a revocation.")] = False,
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="With --again, after a revocation: a new node key.")
+    ] = False,
     folder: Folder = DEFAULT_FOLDER,
     as_json: Json = False,
 ) -> None:
@@ -103,7 +105,7 @@ def _asked(client: CoordinatorClient) -> tuple[OfferedRoster | None, str | None]
     """What is accepted is shown without the coordinator too."""
     try:
         return client.roster(), None
-    except Unreachable as error:
+    except (Unreachable, NotAdmitted) as error:
         return None, str(error)
 
 
