@@ -87,7 +87,7 @@ class Metrics:
 
 
 def _show(gauge: Gauge, values: dict[str, float], known: set[str]) -> None:
-    """Set these values; remove what `known` has beyond them. Whoever reads meanwhile sees too much, never too little."""
+    """Set these values and drop what else is `known`: whoever reads meanwhile sees too much, never too little."""
     for label, value in values.items():
         gauge.labels(label).set(value)
     for label in known - values.keys():
