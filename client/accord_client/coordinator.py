@@ -341,8 +341,15 @@ def _with_first(first: pb.Chunk, rest: Iterator[pb.Chunk]) -> Iterator[pb.Chunk]
 
 @contextmanager
 def _temporary_folder(parent: Path) -> Iterator[Path]:
-    """A folder beside its later place; nothing of it is left unless it was moved there."""
-    path = Path(tempfile.mkdtemp(prefix=".fetched-", dir=parent))
+    """A folder beside its later place; nothing of it is left unless it was moved there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        path = Path(tempfile.mkdtemp(prefix=".fetched-", dir=parent))
+    except OSError as error:
+        raise OutputError(f"cannot write to {parent}: {error.strerror}") from None
     try:
         yield path
     finally:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from accord_shared.errors import BadInput, PlanError, PlanNotApproved, PolicyRefused, SettingsError
+from accord_shared.errors import BadInput, OutputError, PlanError, PlanNotApproved, PolicyRefused, SettingsError
 from accord_shared.files import write_atomic
 from accord_shared.plan import Plan, Table, first_problem
 from accord_shared.service.pb import accord_pb2 as pb
@@ -185,8 +185,12 @@ class PlanBook:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One writer at a time: the agent, and a command while no agent runs."""
-        private_folder(self._folder)
-        with (self._folder / "lock").open("wb") as file:
+        path = private_folder(self._folder) / "lock"
+        try:
+            file = path.open("wb")
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}") from None
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

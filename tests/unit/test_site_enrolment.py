@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -477,6 +478,21 @@ def test_a_long_model_comes_in_chunks(joined: CoordinatorClient, coordinator: Co
     data = save({"weights": np.ones(700_000, dtype=np.float32)})
     coordinator.finish("run-1", PLAN, data)
     assert joined.fetch_model("run-1").tensors.read_bytes() == data
+
+
+def test_a_full_disk_leaves_nothing_half(
+    joined: CoordinatorClient, coordinator: Coordinator, folder: SiteFolder
+) -> None:
+    data = save({"weights": np.ones(700_000, dtype=np.float32)})
+    coordinator.finish("run-1", PLAN, data)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(data) - 1, hard))
+    try:
+        assert "cannot write the model" in refused_line(OutputError, lambda: joined.fetch_model("run-1"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    nothing_left(folder)
+    joined.fetch_model("run-1")
 
 
 def nothing_left(folder: SiteFolder) -> None:

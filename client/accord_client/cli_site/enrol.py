@@ -25,9 +25,7 @@ def enrol(
     token: Annotated[str, typer.Argument(help="The one-time token of the coordinator's operator; - reads it.")],
     name: Annotated[str | None, typer.Option(help="The name that the token is expected to be for.")] = None,
     again: Annotated[bool, typer.Option("--again", help="New certificate for a folder that is enrolled.")] = False,
-    new_key: Annotated[
-        bool, typer.Option("--new-key", help="With --again, after a revocation: a new node key.")
-    ] = False,
+    new_key: Annotated[bool, typer.Option("--new-key", help="With --again, after a revocation.")] = False,
     folder: Folder = DEFAULT_FOLDER,
     as_json: Json = False,
 ) -> None:
