@@ -150,7 +150,8 @@ def _data(site: _Site) -> Iterator[Check]:
 def _model(site: _Site) -> Iterator[Check]:
     from accord_client.models import digest, locate
 
-    offered = [record.parsed.model.source for record in PlanBook(site.folder.plans).records()]
+    plans = [record for record in PlanBook(site.folder.plans).records() if record.state != "refused"]
+    offered = [record.parsed.model.source for record in plans]
     sources = {source for source in (*_KNOWN_MODELS, *offered) if not source.startswith("hub:")}
     found: dict[str, str] = {}
     for source in sorted(sources):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -246,6 +247,27 @@ def test_status_without_an_agent(run: Run, site: SiteFolder) -> None:
     assert "accord site up" in ok(run("status"))
     for verb in ("pause", "resume"):
         refused(run(verb), "the agent is not running in accord-site")
+
+
+def test_an_agent_that_was_killed_is_not_running(run: Run, site: SiteFolder, tmp_path: Path) -> None:
+    """Its socket and token are still there."""
+    code = (
+        "import os, signal; from pathlib import Path; from accord_shared.service import rpc\n"
+        "rpc.local_server(Path('accord-site/control'), 'agent', lambda _: None).start()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (site.control / "agent.sock").exists()
+    assert facts(run("status", "--json"))["state"] == "stopped"
+    refused(run("pause"), "the agent is not running")
+    assert "no plan was offered yet" in ok(run("plan", "list"))
+
+
+def test_help_names_every_command(run: Run) -> None:
+    text = ok(run("--help"))
+    for command in ["enrol", "roster", "plan", "policy", "model", "ledger", "up", "status", "pause", "resume", "check"]:
+        assert f"\n  {command} " in text
 
 
 def test_another_user_of_the_socket_is_refused(run: Run, site: SiteFolder, agent: Agent) -> None:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, Json, fields, moment, opened, show
+from accord_client.cli_site.options import CALL_S, DEFAULT_FOLDER, Folder, Json, fields, moment, opened, show
 from accord_shared.errors import NotRunning, Refused
 
 if TYPE_CHECKING:
     from accord_shared.service.pb import accord_pb2 as pb
 
 _Offline = Annotated[bool, typer.Option("--offline", help="Do not contact the coordinator.")]
-CALL_S = 30.0
 
 
 def add_agent_commands(app: typer.Typer) -> None:

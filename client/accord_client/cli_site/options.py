@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from accord_client.settings import SiteFolder
 
 DEFAULT_FOLDER = Path("accord-site")
+CALL_S = 30.0
+"""For an answer of the agent."""
 Folder = Annotated[Path, typer.Option("--folder", envvar="ACCORD_SITE_FOLDER", help="The site's folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 

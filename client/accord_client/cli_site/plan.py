@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, Json, fields, moment, opened, show
+from accord_client.cli_site.options import CALL_S, DEFAULT_FOLDER, Folder, Json, fields, moment, opened, show
 from accord_shared.errors import NotRunning
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def list_plans(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
 
     plans = _either(
         folder,
-        lambda agent: list(agent.ListPlans(pb.Empty()).plans),
+        lambda agent: list(agent.ListPlans(pb.Empty(), timeout=CALL_S).plans),
         lambda book: [record.info() for record in book.records()],
     )
     facts = {"plans": [_facts(plan) for plan in plans]}
@@ -41,7 +41,11 @@ def show_plan(plan: Hash, folder: Folder = DEFAULT_FOLDER, as_json: Json = False
     from accord_shared.plan import Plan
     from accord_shared.service.pb import accord_pb2 as pb
 
-    found = _either(folder, lambda agent: agent.ShowPlan(pb.PlanHash(hash=plan)), lambda book: book.find(plan).info())
+    found = _either(
+        folder,
+        lambda agent: agent.ShowPlan(pb.PlanHash(hash=plan), timeout=CALL_S),
+        lambda book: book.find(plan).info(),
+    )
     facts = {**_facts(found), "plan": json.loads(found.plan)}
     show(facts, [*fields(_facts(found)), "", Plan.from_json(found.plan).to_toml()], as_json)
 
@@ -53,7 +57,7 @@ def approve(plan: Hash, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) 
 
     found = _either(
         folder,
-        lambda agent: agent.ApprovePlan(pb.PlanHash(hash=plan)),
+        lambda agent: agent.ApprovePlan(pb.PlanHash(hash=plan), timeout=CALL_S),
         lambda book: book.approve(plan).info(),
     )
     show(_facts(found), [f"plan {found.hash}: {found.state}"], as_json)
