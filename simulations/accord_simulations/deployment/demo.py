@@ -72,7 +72,7 @@ def _story(deployment: Deployment, material: Material, stages: Stages) -> dict[s
     with stages.stage("before the crash", f"{middle} of {plan.run.rounds} rounds, each a secure sum with shared noise"):
         deployment.wait_for_round(run, middle)
     with stages.stage("crash", f"an upload of round {middle + 1} arrives, and the coordinator is killed (-9)"):
-        crash = crash_in_round(deployment, run, middle + 1)
+        crash = crash_in_round(deployment, run, plan.hash, middle + 1)
     with stages.stage("resume", "it is started again and goes on by itself"):
         deployment.start_coordinator()
         deployment.wait_for_round(run, crash["round"])
@@ -109,7 +109,7 @@ def admit(deployment: Deployment, material: Material) -> str:
     return roster
 
 
-def crash_in_round(deployment: Deployment, run: str, number: int) -> dict[str, Any]:
+def crash_in_round(deployment: Deployment, run: str, plan_hash: str, number: int) -> dict[str, Any]:
     """Kill the coordinator once an upload of round `number` (or of a later one) has arrived and another is due.
 
     The last site is halted meanwhile, as a slow one: no round can finish without it.
@@ -118,23 +118,24 @@ def crash_in_round(deployment: Deployment, run: str, number: int) -> dict[str, A
     deployment.agents[slow].signal(signal.SIGSTOP)
     try:
         at = max(number, deployment.run(run).round + 1)
-        uploaded = [name for name in others if _uploaded(deployment, name, run, at)]
-        deployment.wait_for("an upload", lambda: deployment.run(run).round < at, deployment.coordinator)
+        for name in others:
+            await_upload(deployment, name, plan_hash, at)
+        if deployment.run(run).round >= at:
+            raise Aborted(f"round {at} was done before the coordinator could be killed in it")
         deployment.coordinator.kill()
     finally:
         deployment.agents[slow].signal(signal.SIGCONT)
-    return {"round": at, "uploaded": uploaded}
+    return {"round": at, "uploaded": others}
 
 
-def _uploaded(deployment: Deployment, name: str, run: str, number: int) -> bool:
+def await_upload(deployment: Deployment, name: str, plan_hash: str, number: int) -> None:
     """Wait until a site has charged and sent its update of a round: it charges first, and is ready once it has sent."""
 
     def sent(status: pb.AgentStatus) -> bool:
-        reached = next((one.last_round for one in status.runs if one.run == run), 0)
+        reached = next((one.last_round for one in status.runs if one.plan_hash == plan_hash), 0)
         return reached >= number and status.state == "ready"
 
     deployment.wait_for_agent(name, f"to send round {number}", sent)
-    return True
 
 
 def model(deployment: Deployment, name: str) -> Path:

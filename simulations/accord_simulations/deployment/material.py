@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 from accord_client.data import Examples
 from accord_client.models import digest, locate
@@ -60,6 +61,7 @@ def bank_demo(
     sites: int,
     *,
     records: int = 400,
+    test_records: int = 100,
     rounds: int = 6,
     epsilon: float = 3.0,
     seed: int = 0,
@@ -77,7 +79,7 @@ def bank_demo(
     shape = {
         "population.participants": sites,
         "data.records_per_participant": records,
-        "data.test_records_per_participant": 100,
+        "data.test_records_per_participant": test_records,
     }
     scenario = make_scenario(override(read_scenario("bank-demo"), shape))
     population = build(scenario.data, scenario.population, path=None, seed=seed)
@@ -161,6 +163,7 @@ def score(model: Path, test: Examples) -> float:
         head = load_file(model / "head.safetensors")
     except (OSError, ValueError) as error:
         raise ModelError(f"{model} holds no exported model: {type(error).__name__}") from None
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     base = locate(info["base_model"])
     tokenizer, encoder = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base).eval()
     right = 0

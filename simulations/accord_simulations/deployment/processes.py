@@ -19,7 +19,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -35,7 +35,7 @@ from accord_shared.service.pb import accord_pb2_grpc as rpcs
 from accord_shared.service.rpc import local_channel
 
 T = TypeVar("T")
-POLL_S = 0.05
+POLL_S = 0.1
 CALL_S = 30.0
 COMMAND_S = 120.0
 STOP_S = 30.0
@@ -56,7 +56,7 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Id of the leader, and of its session and group.
+        """Id of the leader, and of its session and group; its zombie holds the number until `clear`.
 
         Raises:
             NotRunning: it was never started, or was cleared away.
@@ -92,8 +92,12 @@ class Process:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill -9 of the leader and all that it started."""
+        """Kill -9 of the leader and, at the same time, of all that it started: the power is cut."""
+        others = self.others()
         os.killpg(self.pid, signal.SIGKILL)
+        for process in others:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._wait(STOP_S)
 
     def stop(self, within_s: float = STOP_S) -> int:
@@ -132,10 +136,7 @@ class Process:
         """End whatever is left of it. The leader is reaped last: until then its group's number is nobody else's."""
         if self._popen is None:
             return
-        for process in self.others():
-            process.kill()
-        if self.running:
-            os.killpg(self.pid, signal.SIGKILL)
+        self.kill()
         self._popen.wait()
         self._popen = None
 
