@@ -97,7 +97,7 @@ class Registrar:
                 by the member, or brings keys of another site.
         """
         try:
-            with _one_use(), self._database.session() as session:
+            with _new_keys(), self._database.session() as session:
                 certificate = self._enrolled(session, request)
         except EnrolmentRefused as error:
             log.warning("an enrolment was refused: %s", error)
@@ -165,11 +165,9 @@ class Registrar:
         return row.name
 
     def _new_key(self, session: Session, name: str, request: bytes) -> tuple[SiteKey, bytes]:
-        """A key that no site ever had, as the site's next one, and its certificate."""
+        """A key that no site ever had (the table sees to it), as the site's next one, and its certificate."""
         certificate = self._authority.issue_site(request, name, self._settings.certificates.site_days)
         public = requested_key(request)
-        if session.get(SiteKey, key_digest(public)) is not None:
-            raise EnrolmentRefused(_TAKEN)
         key = SiteKey(digest=key_digest(public), site=name, state="next", public_key=public_key_pem(public))
         _certify(key, certificate)
         session.add(key)
@@ -190,7 +188,7 @@ class Registrar:
         member = Member.from_json(site.member)
         with _refused_as_enrolment():
             verify_both(member, frame(LABEL, site.name, request.certificate_request), request.member_signature)
-        with _one_use(), self._database.session() as session:
+        with _new_keys(), self._database.session() as session:
             certificate = self._renewed(session, site.name, request.certificate_request)
         return pb.RenewReply(certificate=certificate, authorities=self._authority.authorities())
 
@@ -252,8 +250,8 @@ def _refused_as_enrolment() -> Iterator[None]:
 
 
 @contextmanager
-def _one_use() -> Iterator[None]:
-    """Where two requests bring the same keys at one time, the slower one is refused by the database."""
+def _new_keys() -> Iterator[None]:
+    """No key comes twice: rows stay, and the database refuses a second one, also of two at one time."""
     try:
         yield
     except AccordError as error:
