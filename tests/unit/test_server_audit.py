@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, text, update
 
+from accord_server import audit
 from accord_server.audit import AuditLog
 from accord_server.database import SCHEMA_VERSION, AuditHead, AuditRow, Database, Schema, Site
 from accord_shared.errors import AuditDamaged, OutputError, SettingsError
@@ -94,6 +95,15 @@ def test_what_was_tampered_with_is_named(database: Database, log: AuditLog, tamp
     with database.session() as session:
         session.execute(tamper)
     with pytest.raises(AuditDamaged, match=said):
+        log.verify()
+
+
+def test_a_changed_entry_with_a_new_hash_is_found(database: Database, log: AuditLog) -> None:
+    with database.session() as session:
+        row = session.get_one(AuditRow, 3)
+        row.subject = "bank 9"
+        row.hash = audit._hash(row)
+    with pytest.raises(AuditDamaged, match="entry 4 "):
         log.verify()
 
 
