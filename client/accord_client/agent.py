@@ -94,7 +94,7 @@ class Agent:
         name, federation = self._enrolment.name, self._enrolment.federation
         self._rosters = RosterBook(self._folder, self._keys.identity, name, federation)
         self._workplace = Workplace(self._folder, self._settings, name, self._keys.identity, self._rosters)
-        self._gate = Gate(self._folder, self._enrolment.coordinator.fingerprint)
+        self._gate = Gate(self._folder, self._enrolment.coordinator.fingerprint, self._settings.data)
         self._metrics = AgentMetrics()
         self.boot = new_boot()
         self.standing = Standing(paused=self._paused_file.exists())

@@ -81,8 +81,7 @@ class Incoming:
 class FleetConnection:
     """An authenticated connection to a SuperLink, TLS 1.3 only; opened when it is made, closed by `close`.
 
-    `authorities` are the PEM certificates that may sign the SuperLink's; `before` is the node that an earlier process or
-    connection of this site was, which may not have said goodbye. All methods raise `Unreachable` where nobody
+    `authorities` are the PEM certificates that may sign the SuperLink's. All methods raise `Unreachable` where nobody
     answers (trying again may help) and `NotAdmitted` where the SuperLink does not know this node's key.
 
     Flower activates no node that it takes to be online, for a minute after a connection that was cut or a process that
@@ -120,7 +119,8 @@ class FleetConnection:
         except _OnlineAlready:
             known = _remembered(memory, digest)
             if known is None:
-                raise
+                line = "the coordinator's SuperLink does not know this site's key, or holds it for online"
+                raise NotAdmitted(line) from None
             beat = SendNodeHeartbeatRequest(node=Node(node_id=known), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
             _asked(self._client.SendNodeHeartbeat, beat)
             return known

@@ -5,23 +5,28 @@ Asked at every message that begins work, not only when a plan is joined: policie
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
+from accord_client.connectors import DataSpec
 from accord_client.plans import PlanBook
 from accord_client.policy import Policy
 from accord_client.settings import SiteFolder
-from accord_shared.errors import AccordError, ImpostorError, PlanError, PolicyRefused, ProtocolError
+from accord_shared.errors import AccordError, ImpostorError, PlanError, ProtocolError
 from accord_shared.messages import Enquiry, MaskRequest, Message, TrainRequest
 from accord_shared.plan import Plan
 from accord_shared.signatures import PlanSignature
 
 
 class Gate:
-    """The policy and the plans of a site's folder. `coordinator` is the fingerprint that this site enrolled with."""
+    """The policy and the plans of a site's folder.
 
-    def __init__(self, folder: SiteFolder, coordinator: str) -> None:
-        self._path, self._coordinator = folder.policy, coordinator
+    `coordinator` is the fingerprint that this site enrolled with, `data` what its settings declare.
+    """
+
+    def __init__(self, folder: SiteFolder, coordinator: str, data: Mapping[str, DataSpec]) -> None:
+        self._path, self._coordinator, self._data = folder.policy, coordinator, data
         self.book = PlanBook(folder.plans)
         self._read: tuple[tuple[int, int], Policy] | None = None
 
@@ -64,16 +69,9 @@ class Gate:
         if not enquiry.plan_signature:
             raise ImpostorError("the plan is not signed")
         signer = _signature(enquiry.plan_signature).verify(plan.hash)
-        problem = self._problem(plan, signer)
+        problem = self.policy.problem(plan, signer, self._coordinator, self._data)
         self.book.offer(plan, signer, problem, automatic=self.policy.approval == "policy")
         self.book.require(plan.hash)
-
-    def _problem(self, plan: Plan, signer: str) -> str | None:
-        try:
-            self.policy.check(plan, signer, self._coordinator)
-        except PolicyRefused as error:
-            return str(error)
-        return None
 
 
 def _signature(text: str) -> PlanSignature:

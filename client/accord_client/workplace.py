@@ -55,7 +55,7 @@ class Workplace:
         """
         policy = Policy.read(self._folder.policy)
         if policy.dataset is not None:
-            self._spec(policy.dataset)
+            policy.spec(self._settings.data)
         self._store(policy).ledger.verify()
         self._runtime = self._settings.device.runtime()
 
@@ -73,7 +73,7 @@ class Workplace:
             self._name,
             store=self._store(policy),
             workspace_of=self._workspace,
-            examples_of=lambda plan: self._records(plan, policy.dataset),
+            examples_of=lambda plan: self._records(plan, policy),
             members=LocalMembers(self._name, self._identity, roster) if roster is not None else None,
             least_secure_aggregation=policy.secure_aggregation,
             accept_without_privacy=policy.noise == "none",
@@ -84,13 +84,6 @@ class Workplace:
         if self._stored is None or self._stored[0] != policy:
             self._stored = policy, SiteStore(self._folder.path, datasets=policy.datasets())
         return self._stored[1]
-
-    def _spec(self, dataset: str | None) -> DataSpec:
-        if dataset is None:
-            raise SettingsError("the policy names no data set")
-        if dataset not in self._settings.data:
-            raise SettingsError(f"{self._folder.settings} has no [data.{dataset}], which the policy names")
-        return self._settings.data[dataset]
 
     def _workspace(self, plan: Plan) -> Workspace:
         runtime = self._runtime or self._settings.device.runtime()
@@ -109,9 +102,9 @@ class Workplace:
             raise ModelError(f"the model at {plan.model.source} is not the one that the plan names")
         return plan
 
-    def _records(self, plan: Plan, dataset: str | None) -> Examples:
-        spec = self._spec(dataset)
-        return _kept(self._examples, f"{plan.hash}/{dataset}", lambda: self._loaded(plan, str(dataset), spec))
+    def _records(self, plan: Plan, policy: Policy) -> Examples:
+        spec, dataset = policy.spec(self._settings.data), str(policy.dataset)
+        return _kept(self._examples, f"{plan.hash}/{dataset}", lambda: self._loaded(plan, dataset, spec))
 
     def _loaded(self, plan: Plan, dataset: str, spec: DataSpec) -> Examples:
         quarantine = self._folder.quarantine / f"{dataset}.csv"

@@ -58,6 +58,7 @@ class SuperLinkProcess:
             Unreachable: it ends, or does not answer in time: its log says why.
         """
         self._rotate_log()
+        self._settings.socket.unlink(missing_ok=True)
         with self._log.open("ab") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "accord_server.superlink"],

@@ -7,6 +7,7 @@ executor: it acquires the task of a run that it started itself, so that no bundl
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -72,11 +73,19 @@ class SuperLink:
 
     def __init__(self, settings: SuperLinkSettings) -> None:
         self._settings = settings
+        self._starting = threading.Lock()
+        """Held from a run's start until its task is acquired, lest another start takes it."""
         token = settings.control_token.get_secret_value()
         self._control = _client(ControlHttpClient, settings.socket, _Bearer(token))
 
+    def close(self) -> None:
+        """Close the connection; another call opens it again."""
+        self._control.close()
+
     def is_ready(self) -> bool:
         """Whether the process answers."""
+        if not self._settings.socket.exists():  # httpcore leaks a socket that nobody accepts
+            return False
         try:
             self._control.ListNodes(ListNodesRequest())
         except (httpx.HTTPError, OSError):
@@ -113,17 +122,17 @@ class SuperLink:
             self._control.StopRun(StopRunRequest(run_id=flower_run))
 
     @contextmanager
-    def run(self, on_started: Any = lambda _: None) -> Iterator[FastGrid]:
-        """Start a Flower run and be its executor; `on_started` is told its number before anything is sent.
+    def run(self) -> Iterator[FastGrid]:
+        """Start a Flower run and be its executor.
 
         Raises:
             Aborted: Flower does not hand the run out.
         """
-        started = self._control.StartRun(StartRunRequest(fab=fab_to_proto(_bundle())))
-        if not started.run_id:
-            raise Aborted("Flower did not start a run")
-        on_started(started.run_id)
-        grid = FastGrid(self._settings.socket, self._acquire(started.run_id))
+        with self._starting:
+            started = self._control.StartRun(StartRunRequest(fab=fab_to_proto(_bundle())))
+            if not started.run_id:
+                raise Aborted("Flower did not start a run")
+            grid = FastGrid(self._settings.socket, self._acquire(started.run_id))
         client = grid._runtime_client
         heartbeat = HeartbeatSender(lambda: _beat(client))
         heartbeat.start()
@@ -144,17 +153,18 @@ class SuperLink:
             grid.close()
 
     def _acquire(self, flower_run: int) -> str:
-        """Token of the task of our run. Tasks of other runs are taken too, and never run."""
+        """Token of the task of our run. A task of a run that the coordinator did not start is taken, and ends there."""
         secret = bytes.fromhex(self._settings.superexec_secret.get_secret_value())
         sign = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})
-        executor = _client(RuntimeHttpClient, self._settings.socket, _version(), sign)
-        for _ in range(100):
-            task = executor.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
-            if not task.token:
-                break
-            if task.task.run_id == flower_run:
-                return str(task.token)
-            log.warning("a run that the coordinator did not start is left alone: %d", task.task.run_id)
+        with _client(RuntimeHttpClient, self._settings.socket, _version(), sign) as executor:
+            for _ in range(100):
+                task = executor.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+                if not task.token:
+                    break
+                if task.task.run_id == flower_run:
+                    return str(task.token)
+                log.warning("a run that the coordinator did not start is ended: %d", task.task.run_id)
+                self.stop_run(task.task.run_id)
         raise Aborted("Flower did not hand out the run")
 
 

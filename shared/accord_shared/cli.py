@@ -176,9 +176,9 @@ def fail(error: BaseException) -> int:
 def main() -> None:
     """Entry point of the `accord` command."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for entry in sorted(entry_points(group="accord.commands"), key=lambda entry: entry.name):
-        _load(entry)(app)
     try:
+        for entry in sorted(entry_points(group="accord.commands"), key=lambda entry: entry.name):
+            _load(entry)(app)
         app(standalone_mode=True)
     except (AccordError, OSError, KeyboardInterrupt) as error:
         sys.exit(fail(error))

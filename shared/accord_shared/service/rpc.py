@@ -129,7 +129,8 @@ def _typed(error: Any, peer: str) -> AccordError:
     if isinstance(kind, type) and issubclass(kind, AccordError):
         return kind(line)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        why = "its certificate is refused" if "SSL" in details or "handshake" in details.lower() else "no answer"
+        refused = any(word in details.lower() for word in ("ssl", "handshake", "verification check"))
+        why = "its certificate is refused" if refused else "no answer"
         return Unreachable(f"{peer} cannot be reached: {why}")
     return Refused(f"{peer} refused: {code.name.lower()} {details[:200]}".strip())
 
