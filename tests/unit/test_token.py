@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -122,8 +123,15 @@ def test_what_it_says_is_checked(changes: dict[str, Any]) -> None:
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
-    with pytest.raises(EnrolmentRefused):
-        Invitation.decode(packed("0" * 10_000_000))
+    bomb = packed("0" * 10_000_000)
+    assert len(bomb) < 16_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(EnrolmentRefused):
+            Invitation.decode(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # bytes
+    finally:
+        tracemalloc.stop()
     with pytest.raises(EnrolmentRefused):
         Invitation.decode("accord1." + "A" * 1_000_000)
 
