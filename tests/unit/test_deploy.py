@@ -91,6 +91,25 @@ def test_the_servers_image_is_checked_to_have_no_torch() -> None:
     assert "[server,postgresql]" in text
 
 
+@pytest.mark.slow
+def test_the_servers_build_steps_run_in_a_clean_environment(tmp_path: Path) -> None:
+    """Every RUN of the build stage, with the image's folders below a temporary one; needs a package index."""
+    source = tmp_path / "src"
+    ignored = shutil.ignore_patterns("__pycache__")
+    build = containerfile("Containerfile.server").split("\nFROM ")[1]
+    for names in re.findall(r"^COPY (.*) \S+$", build, re.MULTILINE):
+        for name in names.split():
+            path, target = DEPLOY.parent / name, source / name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copytree(path, target, ignore=ignored) if path.is_dir() else shutil.copy(path, target)
+    for step in re.findall(r"^RUN (.*)$", build, re.MULTILINE):
+        command = step.replace("/opt/", f"{tmp_path}/opt/")
+        finished = subprocess.run(["sh", "-c", command], cwd=source, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert (tmp_path / "opt/accord/bin/accord").is_file()
+    assert not list((tmp_path / "opt/accord").glob("lib/*/site-packages/torch"))
+
+
 # --- compose
 
 
@@ -464,22 +483,26 @@ def test_alerts_fire_when_they_should() -> None:
 
 # --- the runbook
 
+GROUPS = {"sites", "roster", "audit", "authority", "plan", "policy", "model", "ledger"}
+
 
 def test_the_runbook_names_commands_that_exist(accord_help: Callable[..., str]) -> None:
     text = (DEPLOY / "RUNBOOK.md").read_text()
-    used = set(re.findall(r"accord (server|site|roster|plan) ([a-z]+)", text))
-    assert len(used) > 20
-    for part, command in sorted(used):
-        assert command in accord_help(part), f"accord {part} {command}"
+    used = set(re.findall(r"accord (server|site|roster|plan) ([a-z]+)(?: ([a-z]+))?", text))
+    assert len(used) > 30
+    for part, command, further in sorted(used):
+        assert f"\n  {command} " in accord_help(part), f"accord {part} {command}"
+        if command in GROUPS and further:
+            assert f"\n  {further} " in accord_help(part, command), f"accord {part} {command} {further}"
 
 
 @pytest.fixture(scope="module")
 def accord_help() -> Callable[..., str]:
-    texts: dict[str, str] = {}
+    texts: dict[tuple[str, ...], str] = {}
 
-    def of(part: str) -> str:
-        if part not in texts:
-            texts[part] = done(sys.executable, "-c", "from accord_shared.cli import main; main()", part, "--help")
-        return texts[part]
+    def of(*words: str) -> str:
+        if words not in texts:
+            texts[words] = done(sys.executable, "-c", "from accord_shared.cli import main; main()", *words, "--help")
+        return texts[words]
 
     return of
