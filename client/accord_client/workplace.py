@@ -19,7 +19,7 @@ from accord_client.site import Site
 from accord_client.store import SiteStore
 from accord_client.trainer import Runtime
 from accord_client.workspace import Workspace
-from accord_shared.errors import ModelError, SettingsError
+from accord_shared.errors import ModelError
 from accord_shared.identity import Identity
 from accord_shared.plan import Plan
 from accord_shared.service.pb import accord_pb2 as pb
