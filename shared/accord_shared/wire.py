@@ -1,7 +1,9 @@
 """The only codec between typed messages and Flower's `RecordDict`.
 
-Scalars and lists travel in one `ConfigRecord`; vectors in one `ArrayRecord`, as raw little-endian float32 or, long
-byte strings, uint8. Unknown, missing or mistyped fields are refused: a peer can put nothing else on the wire.
+Scalars and lists travel in one `ConfigRecord`; so do the bytes of vectors (little-endian float32 or, long byte
+strings, uint8) up to `INLINE` together, since Flower makes calls of its own for each object in each direction. Longer
+ones travel in one `ArrayRecord`, which Flower cuts into chunks. Unknown, missing or mistyped fields are refused: a
+peer can put nothing else on the wire.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ _LONGEST = {
     **_KEYS,
     **_BUNDLES,
 }
+INLINE = 4 << 20
+"""Most bytes of a message's vectors that travel beside its scalars."""
 _LONGEST_OTHER, _LONGEST_LIST, _LARGEST = 128, 100_000, 2**53
 
 
@@ -45,6 +49,10 @@ def _array(values: npt.NDArray[Any], kind: str) -> Array:
 
 def _values(array: object, kind: str) -> npt.NDArray[Any]:
     name, form, stype = _ARRAYS[kind]
+    if isinstance(array, bytes):
+        if len(array) > INLINE or len(array) % np.dtype(form).itemsize:
+            raise ProtocolError(f"{len(array)} bytes are no {name} [n] of a message's scalars")
+        return np.frombuffer(array, dtype=form).astype(name, copy=False)
     if not isinstance(array, Array) or array.dtype != name or array.stype != stype or len(array.shape) != 1:
         raise ProtocolError(f"an array is not {name} [n]")
     if len(array.data) != np.dtype(form).itemsize * array.shape[0]:
@@ -56,10 +64,16 @@ def encode(message: Message) -> RecordDict:
     """The Flower content of a message."""
     scalars: dict[str, Any] = {_KIND: type(message).__name__}
     arrays: dict[str, Array] = {}
+    vectors = [value for field in fields(message) if isinstance(value := getattr(message, field.name), np.ndarray)]
+    inline = sum(value.nbytes for value in vectors) <= INLINE
     for field in fields(message):
         value = getattr(message, field.name)
         if isinstance(value, np.ndarray):
-            arrays[field.name] = _array(value, str(field.type))
+            array = _array(value, str(field.type))
+            if inline:
+                scalars[field.name] = array.data
+            else:
+                arrays[field.name] = array
         else:
             scalars[field.name] = list(value) if isinstance(value, tuple) else value
     content = RecordDict({_FIELDS: ConfigRecord(scalars)})
@@ -81,12 +95,14 @@ def decode(content: RecordDict) -> Message:
     if kind is None or set(content) - {_FIELDS, _VECTORS} or ours != len(content):
         raise ProtocolError("not an Accord message")
     values: dict[str, Any] = {}
+    if (_VECTORS in content) != bool(arrays):
+        raise ProtocolError("an empty record of vectors")
     for field in fields(kind):
-        source: dict[str, Any] = arrays if str(field.type) in _ARRAYS else scalars
+        source: dict[str, Any] = arrays if str(field.type) in _ARRAYS and field.name in arrays else scalars
         if field.name not in source:
             raise ProtocolError(f"{kind.__name__}.{field.name} is missing")
         values[field.name] = _field(kind, field.name, str(field.type), source.pop(field.name))
-    if scalars or arrays or (_VECTORS in content) != any(isinstance(value, np.ndarray) for value in values.values()):
+    if scalars or arrays:
         raise ProtocolError(f"{kind.__name__} has unknown fields: {sorted([*scalars, *arrays])[:3]}")
     return kind(**values)
 
