@@ -96,10 +96,13 @@ class FlowerExchange:
         stopping: Callable[[], bool],
         enquiry: Enquiry,
         presence: Presence | None = None,
+        draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._grid = grid
         self._timing = timing
         self._stopping = stopping
+        self._draining = draining
+        """Whether to stop where only sites are waited for; a trip is still taken to its end."""
         self._presence = presence or Unwatched()
         self.enquiry = enquiry
         self.joined: dict[str, Joined] = {}
@@ -147,6 +150,8 @@ class FlowerExchange:
             if lost or now >= deadline:
                 why = f": {next(iter(self.refusals.values()))}" if self.refusals else ""
                 raise RoundAborted(f"{present} of {len(self._greeted)} sites joined, cohort.minimum is {minimum}{why}")
+            if self._draining():
+                raise Interrupted("asked to stop")
             self._pause(min(max(POLL_S if self._greetings else JOIN_POLL_S, 4 * (now - start)), LONGEST_POLL_S))
 
     def ready(self, minimum: int) -> None:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 START_S = 120.0
 """For the SuperLink to answer."""
-DRAIN_S = 60.0
+DRAIN_S = 30.0
 """For rounds to come to their end."""
 LOOK_S = 1.0
 UPKEEP_S = 15.0
@@ -123,7 +123,7 @@ class Daemon:
             certificate=paths.server_certificate,
             key=paths.server_key,
             socket=private_folder(paths.flower).resolve() / "link.sock",
-            database=paths.flower.resolve() / "link.db",
+            database=paths.flower.resolve() / "link.db" if settings.flower.state == "file" else None,
             control_token=SuperLinkSettings.new_secret(),
             superexec_secret=SuperLinkSettings.new_secret(),
         )

@@ -364,7 +364,9 @@ class Runs:
         timing = Timing(rounds.trip_timeout_s, rounds.join_timeout_s, grace_s=GRACE_S, ask_again_s=ASK_AGAIN_S)
         self._set(run, "waiting", f"for {plan.cohort.minimum} sites")
         with self._superlink.run() as grid:
-            exchange = FlowerExchange(grid, timing, active.stopping.is_set, enquiry, SitePresence(self._sites))
+            exchange = FlowerExchange(
+                grid, timing, active.stopping.is_set, enquiry, SitePresence(self._sites), self._draining.is_set
+            )
             exchange.join(plan.cohort.minimum, plan.cohort.size)
             self._set(run, "running", f"{len(exchange.sites())} sites")
             self._round_began[run] = time.monotonic()

@@ -103,6 +103,14 @@ class RoundsSpec(Table):
     encrypt_checkpoints: bool = False
 
 
+class FlowerSpec(Table):
+    """The SuperLink's own state: nodes, and the messages of a round on their way."""
+
+    state: Literal["memory", "file"] = "memory"
+    """Nothing of it outlives the coordinator in either case: nodes are admitted and runs begun anew from the
+    coordinator's database at each start. In a file a trip takes more than twice as long."""
+
+
 class ClockSpec(Table):
     """How far a site's clock may be off."""
 
@@ -120,6 +128,7 @@ class CoordinatorSettings(Table):
     public: PublicSpec = PublicSpec()
     certificates: CertificatesSpec = CertificatesSpec()
     rounds: RoundsSpec = RoundsSpec()
+    flower: FlowerSpec = FlowerSpec()
     clock: ClockSpec = ClockSpec()
 
     @field_validator("federation")
@@ -324,6 +333,9 @@ names = [{", ".join(map(_quoted, others))}]
 # trip_timeout_s = 600.0            # for one answer of a site
 # join_timeout_s = 86400.0          # for enough sites
 # encrypt_checkpoints = false       # needs a passphrase
+
+[flower]
+# state = "memory"                  # of Flower's own tables, which are filled anew at each start; or "file"
 
 [clock]
 # most_skew_s = 60.0

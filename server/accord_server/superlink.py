@@ -24,6 +24,7 @@ from typing import Any
 import pydantic
 import uvicorn
 from flwr.supercore.auth.typing import AccountAuthCredentials, AccountAuthLoginDetails, AccountInfo
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.superlink.auth_plugin import ControlAuthnPlugin, NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -36,6 +37,8 @@ FLEET = "/v1/fleet/"
 CLOSED = ("/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/fleet/get-fab")
 """Sites are registered by the coordinator, and no site has use for a bundle of code."""
 MOST_BODY = 64 * 2**20
+MOST_BODIES = 8 * MOST_BODY
+"""Of all that are read at one time: nobody has shown a key before."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -55,7 +58,8 @@ class SuperLinkSettings(pydantic.BaseModel):
     key: Path
     socket: Path
     """For the coordinator; its folder has mode 0700."""
-    database: Path
+    database: Path | None
+    """Flower's own state; None: in memory."""
     control_token: pydantic.SecretStr
     superexec_secret: pydantic.SecretStr
     """Hexadecimal."""
@@ -103,25 +107,42 @@ class TokenAuth(ControlAuthnPlugin):
         return None, None
 
 
-@dataclass(frozen=True)
+@dataclass
 class FleetOnly:
     """What sites reach of the app: the Fleet API, with bodies up to a limit."""
 
     app: App
+    reading: int = 0
+    """Bytes of the bodies of requests that are not answered yet."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass, or answer 404 or 413."""
+        """Pass, or answer 404, 411, 413 or 503."""
         if scope["type"] != "http":
             return
-        if not scope["path"].startswith(FLEET) or scope["path"] in CLOSED:
-            await _refuse(send, 404)
-            return
         headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"")
-        if not length.isdigit() or int(length) > MOST_BODY:
-            await _refuse(send, 413 if length.isdigit() else 411)
+        refused, length = _too_long(headers)
+        if not scope["path"].startswith(FLEET) or scope["path"] in CLOSED:
+            refused = 404
+        elif self.reading + length > MOST_BODIES:
+            refused = refused or 503
+        if refused:
+            await _refuse(send, refused)
             return
-        await self.app(scope, receive, send)
+        self.reading += length
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.reading -= length
+
+
+def _too_long(headers: dict[bytes, bytes]) -> tuple[int, int]:
+    """Why a body is refused (0: it is not), and its length. One in pieces has none, whatever it says beside."""
+    length = headers.get(b"content-length", b"")
+    if b"transfer-encoding" in headers or not length.isdigit():
+        return 411, 0
+    if len(length) > 12 or int(length) > MOST_BODY:
+        return 413, 0
+    return 0, int(length)
 
 
 async def _refuse(send: Send, status: int) -> None:
@@ -143,7 +164,7 @@ def load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
 
 
 def superlink_app(settings: SuperLinkSettings) -> App:
-    """Flower's app with its state on disk, commanded by token only."""
+    """Flower's app, commanded by token only."""
     config = SuperLinkLifespanConfig(
         control_address="",
         health_server_address=None,
@@ -164,7 +185,7 @@ def superlink_app(settings: SuperLinkSettings) -> App:
         ssl_ca_certfile=None,
         ssl_certfile=None,
         ssl_keyfile=None,
-        database=str(settings.database),
+        database=str(settings.database) if settings.database is not None else FLWR_IN_MEMORY_DB_NAME,
         isolation="process",
         runtime_dependency_install=False,
     )

@@ -109,7 +109,7 @@ def settings(folder: Path) -> SuperLinkSettings:
         certificate=paths.server_certificate,
         key=paths.server_key,
         socket=folder / "l.sock",
-        database=folder / "link.db",
+        database=None,
         control_token=SuperLinkSettings.new_secret(),
         superexec_secret=SuperLinkSettings.new_secret(),
     )
@@ -304,7 +304,7 @@ def test_a_malicious_bundle_has_no_effect_anywhere(link: Link, tmp_path: Path) -
     assert "GetFab" not in inspect.getsource(sys.modules[FleetConnection.__module__])
 
 
-def test_nodes_survive_a_restart_and_runs_do_not(tmp_path: Path, folder: Path, settings: SuperLinkSettings) -> None:
+def test_in_a_file_nodes_survive_a_restart_and_runs_do_not(tmp_path: Path, folder: Path, settings: SuperLinkSettings) -> None:
     own = private_folder(tmp_path / "s")
     changed = {"socket": own / "l.sock", "database": own / "link.db", "port": free_port()}
     again = settings.model_copy(update=changed)

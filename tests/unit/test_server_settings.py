@@ -26,7 +26,7 @@ def test_the_template_says_the_defaults(tmp_path: Path) -> None:
     )
     for line in lines:  # what stands behind # is the default
         ((key, value),) = tomllib.loads(line).items()
-        tables = (made, made.listen, made.certificates, made.rounds, made.clock)
+        tables = (made, made.listen, made.certificates, made.rounds, made.flower, made.clock)
         assert [table for table in tables if getattr(table, key, None) == value], line
 
 

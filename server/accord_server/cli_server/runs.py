@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,14 +19,12 @@ from accord_server.cli_server.options import (
     moment,
     show,
 )
-from accord_shared.errors import Aborted, AccordError, BadInput, MissingExtra
+from accord_shared.errors import Aborted, AccordError, BadInput
 
 if TYPE_CHECKING:
     from accord_shared.plan import Plan
     from accord_shared.service.pb import accord_pb2 as pb
 
-INITIAL_WEIGHTS = "accord.initial_weights"
-"""Entry points: a callable that gives a plan's initial weights, a float32 vector."""
 
 _Run = Annotated[str, typer.Argument(metavar="RUN", help="The run, as `accord server runs` shows it.")]
 
@@ -85,23 +82,15 @@ def _checked(path: Path) -> bytes:
 
 
 def _made(plan: Plan) -> bytes:
-    import numpy as np
+    from accord_shared.cli import initial_weights
 
-    for entry in entry_points(group=INITIAL_WEIGHTS):
-        try:
-            weights_of = entry.load()
-        except ImportError:
-            continue
-        return _fitting(np.ascontiguousarray(weights_of(plan), "<f4").tobytes())
-    raise MissingExtra(
-        "--initial FILE is needed: only the extra [client], which is not installed, can make the weights"
-    )
+    return _fitting(initial_weights(plan).astype("<f4").tobytes())
 
 
 def _fitting(data: bytes) -> bytes:
-    from accord_shared.service.rpc import MOST_MESSAGE
+    from accord_shared.service.rpc import MOST_LOCAL
 
-    most = MOST_MESSAGE - 2**20  # beside the plan
+    most = MOST_LOCAL - 2**23  # beside the plan
     if len(data) > most:
         raise BadInput(f"the initial weights are {len(data)} bytes, more than the {most} that a call takes")
     return data
