@@ -33,5 +33,27 @@ def deployment(
     """Start a coordinator and sites with TLS, train privately, kill the coordinator in mid-round, and resume."""
     from accord_simulations.deployment.demo import run_demo, text
 
-    result = run_demo(sites, keep, lambda line: sys.stderr.write(f"{line}\n"))
+    result = run_demo(sites, keep, _progress)
     typer.echo(json.dumps(result) if as_json else text(result))
+
+
+@demo_app.command()
+def material(
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    sites: Annotated[int, typer.Option(min=3, max=10, help="Banks.")] = 3,
+) -> None:
+    """Write what a rehearsal by hand needs: a plan, and each synthetic bank's records, settings and policy."""
+    from accord_shared.errors import OutputError
+    from accord_simulations.deployment.material import bank_demo
+
+    if out.exists():
+        raise OutputError(f"{out} exists already and is not overwritten")
+    made = bank_demo(sites)
+    made.write(out)
+    typer.echo(f"{out}/plan.toml: plan {made.plan.hash}")
+    for name in made.names:
+        typer.echo(f"{out}/{name}: messages.csv ({len(made.records[name])} records), site.toml, policy.toml")
+
+
+def _progress(line: str) -> None:
+    sys.stderr.write(f"{line}\n")

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from accord_client.data import Examples
 from accord_client.models import digest, locate
 from accord_shared.errors import ModelError, PlanError
-from accord_shared.files import write_atomic
+from accord_shared.files import make_folder, write_atomic
 from accord_shared.plan import Plan
 from accord_simulations.population import build
 from accord_simulations.scenario import make_scenario, override, read_scenario, resolve
@@ -55,6 +55,16 @@ class Material:
     def write_records(self, name: str, folder: Path) -> None:
         """A site's records, as its settings name them."""
         write_atomic(folder / DATA_FILE, csv_text(self.records[name], self.plan.task.labels).encode(), mode=0o600)
+
+    def write(self, folder: Path) -> None:
+        """`plan.toml`, and for each site a folder with its records, settings and policy."""
+        make_folder(folder)
+        self.write_plan(folder / "plan.toml")
+        for name in self.names:
+            make_folder(folder / name)
+            self.write_records(name, folder / name)
+            write_atomic(folder / name / "site.toml", site_settings(name).encode())
+            write_atomic(folder / name / "policy.toml", site_policy(self.plan).encode())
 
 
 def bank_demo(
