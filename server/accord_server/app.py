@@ -247,7 +247,7 @@ class FlowerExchange:
         return list(zip(self._grid.push_messages(messages), requests, strict=True)) if messages else []
 
     def _trip(self, requests: Mapping[int, Message], names: Mapping[int, str]) -> Iterator[tuple[int, Reply]]:
-        timeout_s = self._timing.trip_timeout_s
+        timeout_s, began = self._timing.trip_timeout_s, time.monotonic()
         boots = {node: self._presence.boot(names[node]) for node in requests}
         waiting = dict(self._push(requests, "train", timeout_s))
         started = looked_at = time.monotonic()
@@ -265,6 +265,7 @@ class FlowerExchange:
                         yield node, Failure(gone)
             if waiting:  # a look at a thousand sites must not take a whole core, nor a long wait a part of one
                 self._pause(min(max(POLL_S, 4 * looked_s, (start - started) / 100), LONGEST_POLL_S))
+        log.debug("trip", extra={"seconds": round(time.monotonic() - began, 4), "sites": len(requests)})
         for node in waiting.values():
             yield node, Failure(f"no reply within {timeout_s:g} s")
 
