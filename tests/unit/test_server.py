@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from accord_server.aggregation import PlainAggregation
-from accord_server.checkpoint import CheckpointFolder
+from accord_server.checkpoint import CheckpointFolder, Seal
 from accord_server.cohort import choose_cohort
 from accord_server.exchange import LocalExchange
 from accord_server.optimizer import initial_state, step
@@ -174,6 +175,30 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
         (tmp_path / "state.json").write_text(text)
         with pytest.raises(CheckpointError):
             folder.load(plan().hash)
+
+
+def test_a_sealed_checkpoint_needs_its_key(tmp_path: Path) -> None:
+    seal, other = (Seal(AESGCM(bytes([number]) * 32)) for number in (1, 2))
+    plain, sealed = tmp_path / "plain", tmp_path / "sealed"
+    coordinate(plan(), {"a": adds(1.0), "b": adds(1.0)}, plain)
+    found = CheckpointFolder(plain).load(plan().hash)
+    assert found is not None
+    CheckpointFolder(sealed, seal).save(found)
+    (tensors,) = sealed.glob("round-*.safetensors")
+    assert found.weights.tobytes() not in tensors.read_bytes()
+    opened = CheckpointFolder(sealed, seal).load(plan().hash)
+    assert opened is not None
+    np.testing.assert_array_equal(opened.weights, found.weights)
+    with pytest.raises(CheckpointError, match="cannot be decrypted"):
+        CheckpointFolder(sealed, other).load(plan().hash)
+    with pytest.raises(CheckpointError, match="is encrypted"):
+        CheckpointFolder(sealed).load(plan().hash)
+    moved = sealed / "round-00009.safetensors"  # a file of another round under this key
+    tensors.rename(moved)
+    state = json.loads((sealed / "state.json").read_text())
+    (sealed / "state.json").write_text(json.dumps(state | {"tensors": moved.name}))
+    with pytest.raises(CheckpointError, match="cannot be decrypted"):
+        CheckpointFolder(sealed, seal).load(plan().hash)
 
 
 def test_one_tensor_file_is_kept(tmp_path: Path) -> None:

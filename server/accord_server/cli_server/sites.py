@@ -68,7 +68,8 @@ def invite(
     with coordinator(folder) as server:
         made = server.Invite(request, timeout=CALL_S)
     facts = {"name": name, "token": made.token, "expires": moment(made.expires_us)}
-    show(facts, [f"site {name}: until {facts['expires']}, once", made.token], as_json)
+    typer.echo(f"site {name}: until {facts['expires']}, once", err=True)  # standard output is the token alone
+    show(facts, [made.token], as_json)
 
 
 # --- sites
