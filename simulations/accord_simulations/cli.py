@@ -290,13 +290,14 @@ def scenarios(as_json: _Json = False) -> None:
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="dp-step, simulation, secagg or noise.")],
+    name: Annotated[str, typer.Argument(help="dp-step, simulation, secagg, noise or deployment.")],
     clients: Annotated[int | None, typer.Option(help="secagg, noise: sites of the cohort.")] = None,
     dim: Annotated[int | None, typer.Option(help="secagg, noise: values of an update.")] = None,
     drop: Annotated[int | None, typer.Option(help="secagg: sites that drop out before they upload.")] = None,
     bits: Annotated[int | None, typer.Option(help="secagg: bits of the modulus.")] = None,
     repeats: Annotated[int | None, typer.Option(help="dp-step, secagg, noise: how often it is measured.")] = None,
     peer: Annotated[str | None, typer.Option(help="secagg: flower or none.")] = None,
+    sites: Annotated[int | None, typer.Option(help="deployment: sites beside the coordinator.")] = None,
     as_json: _Json = False,
     sets: _Set = None,
 ) -> None:
@@ -304,7 +305,15 @@ def bench(
     from accord_simulations.bench import run_benchmark
 
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    options = {"clients": clients, "dim": dim, "drop": drop, "bits": bits, "repeats": repeats, "peer": peer}
+    options = {
+        "clients": clients,
+        "dim": dim,
+        "drop": drop,
+        "bits": bits,
+        "repeats": repeats,
+        "peer": peer,
+        "sites": sites,
+    }
     result = run_benchmark(name, merge_changes(options, sets), _say)
     if as_json:
         typer.echo(json.dumps(result))

@@ -88,7 +88,7 @@ def test_an_interrupted_demonstration_leaves_nothing(tmp_path: Path) -> None:
     for line in process.stderr:
         if "enrol by one-time tokens" in line:
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err

@@ -10,7 +10,13 @@ from accord_shared.errors import PlanError
 
 Report = Callable[[str], None]
 
-BENCHMARKS = {"dp-step": "dp_step", "simulation": "simulation", "secagg": "secagg", "noise": "noise"}
+BENCHMARKS = {
+    "dp-step": "dp_step",
+    "simulation": "simulation",
+    "secagg": "secagg",
+    "noise": "noise",
+    "deployment": "deployment",
+}
 """Benchmarks by name, and the module of this package whose `measure` runs each."""
 
 

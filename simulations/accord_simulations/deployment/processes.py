@@ -168,6 +168,7 @@ def clean_environment(root: Path) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_HOME": str(root / "flower"),
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
     }
 
 
@@ -222,6 +223,7 @@ class Deployment:
         federation: str = "demo",
         settings: Mapping[str, Mapping[str, Any]] | None = None,
         environment: Mapping[str, str] | None = None,
+        log_level: str = "INFO",
     ) -> None:
         self.root = root
         self.names = tuple(names)
@@ -233,9 +235,11 @@ class Deployment:
         self.environment = {**clean_environment(root), **(environment or {})}
         self._settings = {key: dict(value) for key, value in (settings or {}).items()}
         self._processes: list[Process] = []
-        self.coordinator = self.process("coordinator", "server", "up", "--folder", str(self.server_folder))
+        level = ("--log-level", log_level)
+        self.coordinator = self.process("coordinator", "server", "up", "--folder", str(self.server_folder), *level)
         self.agents = {
-            name: self.process(name, "site", "up", "--folder", str(self.site_folder(name))) for name in self.names
+            name: self.process(name, "site", "up", "--folder", str(self.site_folder(name)), *level)
+            for name in self.names
         }
 
     def __enter__(self) -> Self:
