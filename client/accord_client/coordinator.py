@@ -267,6 +267,8 @@ class CoordinatorClient:
             try:
                 temporary.rename(folder)
             except OSError as error:
+                if (folder / "model.json").exists():  # the agent, or a command, was faster
+                    return self._checked(folder, run)
                 raise OutputError(f"cannot write {folder}: {error.strerror}") from None
         return self._checked(folder, run)
 
