@@ -10,13 +10,14 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.app.error import Error
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
@@ -45,7 +46,11 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+)
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.interceptors.http.superexec_auth import SuperExecAuthHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClient, ProtobufRequestContext
@@ -60,8 +65,10 @@ from accord_shared.errors import Aborted
 log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=ProtobufClient)
-PULL_BACKOFF_S = 0.02
-"""First pause where a message is announced before its objects are there; Flower's own is 1 s."""
+MOST_OBJECTS = 10_000
+"""Of a reply."""
+MOST_REPLY = 1 << 30
+"""Bytes of a reply."""
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -169,12 +176,14 @@ class SuperLink:
 
 
 class FastGrid(HttpGrid):
-    """Flower's grid over the Unix socket, which does not wait a second for objects that are milliseconds late."""
+    """Flower's grid over the Unix socket, which waits for nothing that is late."""
 
     def __init__(self, socket: Path, token: str) -> None:
         super().__init__("superlink", insecure=True, token=token)
         self._socket = socket
         self._task = 0
+        self._arriving: dict[str, _Arriving] = {}
+        """By the message that they reply to."""
 
     def _connect(self) -> None:
         token = RuntimeTokenHttpInterceptor(token=self._token)
@@ -196,29 +205,85 @@ class FastGrid(HttpGrid):
         return super().push_messages(given)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to these messages that are there, each with its content; one whose content is lost is an error."""
-        answer = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(message_ids)))
-        return [
-            self._inflate(message.metadata, tree)
-            for message, tree in zip(answer.messages_list, answer.message_object_trees, strict=True)
-        ]
+        """Replies to these messages that are there as a whole. A malformed one, or one that was lost, is an error.
 
-    def _inflate(self, metadata: Any, tree: Any) -> Message:
-        client, run = self._runtime_client, self.run.run_id
-        pull = make_pull_object_fn_protobuf(pull_object_protobuf=client.PullObject, node=self.node, run_id=run)
+        A site announces a reply before it sends its objects. Until all are there it keeps nobody waiting.
+        """
+        asked = list(message_ids)
+        fresh = [identity for identity in asked if identity not in self._arriving]  # Flower hands each out once
+        answer = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=fresh))
+        for message, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+            self._arriving[message.metadata.reply_to_message_id] = _Arriving(message.metadata, tree)
+        arrived: list[Message] = []
+        for identity in asked:
+            reply = self._arriving.get(identity)
+            whole = self._whole(reply) if reply is not None else None
+            if whole is not None:
+                del self._arriving[identity]
+                arrived.append(whole)
+        return arrived
+
+    def _whole(self, reply: _Arriving) -> Message | None:
+        """A reply with its content; None while objects are missing.
+
+        What a site wrote into its message counts for nothing: whose reply it is, and to what, Flower has checked.
+        """
+        run, metadata = self.run.run_id, reply.metadata
         try:
-            contents = pull_objects(
-                [item.object_id for item in iterate_object_tree(tree)], pull, initial_backoff=PULL_BACKOFF_S
-            )
+            contents = self._objects(reply)
+            if contents is None:
+                return None
+            received = ConfirmMessageReceivedRequest(node=self.node, run_id=run, message_object_id=metadata.message_id)
+            self._runtime_client.ConfirmMessageReceived(received)
+            message = inflate_object_from_contents(metadata.message_id, contents)
+            if not isinstance(message, Message) or not (message.has_error() or isinstance(message.content, RecordDict)):
+                raise TypeError("not a message")
+        except (httpx.HTTPError, OSError):
+            raise
         except ObjectPullError as error:
             return _lost(run, metadata.reply_to_message_id, str(error))
-        received = ConfirmMessageReceivedRequest(node=self.node, run_id=run, message_object_id=metadata.message_id)
-        client.ConfirmMessageReceived(received)
-        message = inflate_object_from_contents(metadata.message_id, contents)
-        if not isinstance(message, Message):
-            return _lost(run, metadata.reply_to_message_id, "not a message")
-        message.metadata.__dict__["_message_id"] = metadata.message_id
+        except Exception as error:  # flwr inflates whatever it finds, and fails in many ways
+            return _lost(run, metadata.reply_to_message_id, f"a malformed reply: {type(error).__name__}")
+        message.metadata.__dict__.update(
+            _message_id=metadata.message_id,
+            _reply_to_message_id=metadata.reply_to_message_id,
+            _src_node_id=metadata.src_node_id,
+        )
         return message
+
+    def _objects(self, reply: _Arriving) -> dict[str, bytes] | None:
+        """All objects of a reply, or None: the one that is missing is asked for first the next time.
+
+        Raises:
+            ObjectPullError: Flower does not have one of them, or they are too many or too long.
+        """
+        pull = make_pull_object_fn_protobuf(
+            pull_object_protobuf=self._runtime_client.PullObject, node=self.node, run_id=self.run.run_id
+        )
+        wanted = list(dict.fromkeys(item.object_id for item in iterate_object_tree(reply.tree)))
+        if len(wanted) > MOST_OBJECTS:
+            raise ObjectPullError(reply.metadata.message_id, f"more than {MOST_OBJECTS} objects")
+        contents: dict[str, bytes] = {}
+        length = 0
+        for identity in dict.fromkeys([*reply.missing, *wanted]):
+            try:
+                contents[identity] = pull(identity)
+            except ObjectUnavailableError:
+                reply.missing = (identity,)
+                return None
+            length += len(contents[identity])
+            if length > MOST_REPLY:
+                raise ObjectPullError(reply.metadata.message_id, f"more than {MOST_REPLY} bytes")
+        return contents
+
+
+@dataclass
+class _Arriving:
+    """A reply that was announced."""
+
+    metadata: Any
+    tree: Any
+    missing: tuple[str, ...] = ()
 
 
 def _lost(run: int, reply_to: str, reason: str) -> Message:
