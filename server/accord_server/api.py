@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import grpc
 
@@ -17,11 +20,14 @@ from accord_server.runs import ACTIVE, Runs
 from accord_server.settings import CoordinatorSettings
 from accord_server.sites import Sites
 from accord_shared import __version__
+from accord_shared.errors import Refused
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc as services
 from accord_shared.service.rpc import add_health_and_reflection, chunks, peer_certificate
 
 DAY_S = 86400.0
+MOST_FETCHES = 2
+"""Models that a site fetches at one time."""
 
 
 class EnrolmentService(services.EnrolmentServicer):
@@ -46,6 +52,8 @@ class FederationService(services.FederationServicer):
     def __init__(self, sites: Sites, registrar: Registrar, authority: Authority, rosters: Rosters, runs: Runs) -> None:
         self._sites, self._registrar, self._authority = sites, registrar, authority
         self._rosters, self._runs = rosters, runs
+        self._lock = threading.Lock()
+        self._fetchers: Counter[str] = Counter()
 
     def add_to(self, server: grpc.Server) -> None:
         """Serve it."""
@@ -85,10 +93,25 @@ class FederationService(services.FederationServicer):
 
     def GetModel(self, request: pb.ModelRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:  # noqa: N802
         """One of them: its document, then its tensors in pieces."""
-        signed, data = self._runs.model(self._site(context).name, request.run)
-        yield pb.Chunk(document=signed.to_json())
-        for piece in chunks(data):
-            yield pb.Chunk(data=piece)
+        site = self._site(context).name
+        with self._fetching(site):
+            signed, data = self._runs.model(site, request.run)
+            yield pb.Chunk(document=signed.to_json())
+            for piece in chunks(data):
+                yield pb.Chunk(data=piece)
+
+    @contextmanager
+    def _fetching(self, site: str) -> Iterator[None]:
+        """Few at a time: whoever reads slowly keeps a thread and the model's memory."""
+        with self._lock:
+            if self._fetchers[site] >= MOST_FETCHES:
+                raise Refused(f"site {site!r} fetches {MOST_FETCHES} models already")
+            self._fetchers[site] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._fetchers[site] -= 1
 
 
 class CoordinatorService(services.CoordinatorServicer):

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,7 +38,11 @@ from accord_shared.files import write_atomic  # noqa: E402
 log = logging.getLogger(__name__)
 
 MOST_MESSAGE = 16 * 2**20
-"""Longest message; models travel in chunks."""
+"""Longest message over the network; models travel in chunks."""
+MOST_LOCAL = 2**30
+"""Longest message over a local socket, which only its own operator can reach: a run's initial weights."""
+MOST_REQUEST = 256 * 1024
+"""Longest message that a site or a stranger sends."""
 CHUNK = 1 << 20
 TOKEN = "accord-token"  # noqa: S105 - the name of the metadata key
 _PATH_LIMIT = 104
@@ -138,12 +143,45 @@ def _typed(error: Any, peer: str) -> AccordError:
 # --- servers
 
 
-def _server(workers: int, *interceptors: grpc.ServerInterceptor) -> grpc.Server:
+class _FewStreams(grpc.ServerInterceptor):
+    """At most so many calls at one time of each method that streams: each keeps a thread for as long as it lasts."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._free: dict[str, threading.Semaphore] = {}
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = continuation(details)
+        if handler is None or not (handler.request_streaming or handler.response_streaming):
+            return handler
+        free = self._free.setdefault(details.method, threading.Semaphore(self._most))
+        make, behaviour = (
+            (grpc.stream_stream_rpc_method_handler, handler.stream_stream)
+            if handler.request_streaming
+            else (grpc.unary_stream_rpc_method_handler, handler.unary_stream)
+        )
+        return make(_few(behaviour, free), handler.request_deserializer, handler.response_serializer)
+
+
+def _few(behaviour: Any, free: threading.Semaphore) -> Any:
+    def answer(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        if not free.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many of these calls at one time")
+        if not context.add_callback(free.release):
+            free.release()
+            return
+        yield from behaviour(request, context)
+
+    return answer
+
+
+def _server(workers: int, *interceptors: grpc.ServerInterceptor, most: int = MOST_MESSAGE) -> grpc.Server:
     return grpc.server(
         ThreadPoolExecutor(max_workers=workers, thread_name_prefix="rpc"),
         interceptors=[*interceptors, _TypedErrors()],
         options=[
-            ("grpc.max_receive_message_length", MOST_MESSAGE),
+            ("grpc.max_receive_message_length", most),
+            ("grpc.max_concurrent_streams", 64),
             ("grpc.so_reuseport", 0),
             ("grpc.max_metadata_size", 16 * 1024),
         ],
@@ -194,7 +232,7 @@ def secure_server(
     credentials = grpc.dynamic_ssl_server_credentials(
         configuration(), configuration, require_client_authentication=clients_of is not None
     )
-    server = _server(workers)
+    server = _server(workers, _FewStreams(workers // 4), most=MOST_REQUEST)
     add(server)
     try:
         bound = server.add_secure_port(address, credentials)
@@ -277,7 +315,7 @@ def local_server(folder: Path, name: str, add: Add, *, workers: int = 8) -> grpc
     if len(str(socket.resolve())) > _PATH_LIMIT:
         raise OutputError(f"{socket} is too long for a socket: at most {_PATH_LIMIT} characters")
     token = secrets.token_hex(32)
-    server = _server(workers, _TokenCheck(token))
+    server = _server(workers, _TokenCheck(token), most=MOST_LOCAL)
     add(server)
     socket.unlink(missing_ok=True)
     server.add_insecure_port(f"unix:{socket.resolve()}")
@@ -297,7 +335,7 @@ def local_channel(folder: Path, name: str, what: str) -> Iterator[grpc.Channel]:
     except FileNotFoundError:
         raise NotRunning(f"{what} is not running in {folder.parent}") from None
     socket = (folder / f"{name}.sock").resolve()
-    with grpc.insecure_channel(f"unix:{socket}", [("grpc.max_receive_message_length", MOST_MESSAGE)]) as channel:
+    with grpc.insecure_channel(f"unix:{socket}", [("grpc.max_receive_message_length", MOST_LOCAL)]) as channel:
         shown = grpc.intercept_channel(channel, _Token(token))
         try:
             with typed_errors(what):
