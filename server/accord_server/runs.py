@@ -33,7 +33,7 @@ from accord_server.sites import Sites
 from accord_server.witness import Witness
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.dp.accounting import noise_multiplier
-from accord_shared.errors import AccordError, BadInput, Interrupted, PlanError, RosterError
+from accord_shared.errors import AccordError, BadInput, Interrupted, PlanError, RosterError, Unreachable
 from accord_shared.files import make_folder, write_atomic
 from accord_shared.identity import Identity
 from accord_shared.messages import Enquiry
@@ -245,19 +245,21 @@ class Runs:
     # --- for the sites
 
     def models(self, site: str) -> list[pb.ModelInfo]:
-        """Finished models that a site took part in."""
+        """Finished models that a site took part in, and that are still on the disk."""
         query = select(RunRow).where(RunRow.state == "finished").order_by(RunRow.changed_us)
         with self._database.session() as session:
             rows = [row for row in session.scalars(query) if site in json.loads(row.sites)]
+        found = [(row, self._document(row.run)) for row in rows]
         return [
             pb.ModelInfo(
                 run=row.run,
                 name=row.name,
                 plan_hash=row.plan_hash,
-                digest=self._model(row.run)[0].digest,
+                digest=signed.digest,
                 finished_us=row.changed_us,
             )
-            for row in rows
+            for row, signed in found
+            if signed is not None
         ]
 
     def model(self, site: str, run: str) -> tuple[SignedModel, bytes]:
@@ -266,14 +268,18 @@ class Runs:
         Raises:
             BadInput: there is none that this site took part in.
         """
-        if run not in {info.run for info in self.models(site)}:
+        signed = self._document(run) if run in {info.run for info in self.models(site)} else None
+        if signed is None:
             raise BadInput(f"there is no finished model of run {run[:64]!r} for this site")
-        return self._model(run)
+        return signed, (self._folder.runs / run / "model" / "weights.safetensors").read_bytes()
 
-    def _model(self, run: str) -> tuple[SignedModel, bytes]:
-        folder = self._folder.runs / run / "model"
-        signed = SignedModel.from_json((folder / "model.json").read_bytes())
-        return signed, (folder / "weights.safetensors").read_bytes()
+    def _document(self, run: str) -> SignedModel | None:
+        """What is signed of a model; None: it is lost, which keeps no site from saying hello."""
+        try:
+            return SignedModel.from_json((self._folder.runs / run / "model" / "model.json").read_bytes())
+        except (OSError, AccordError) as error:
+            log.warning("the model of a finished run cannot be read: %s", type(error).__name__, extra={"run": run})
+            return None
 
     # --- for the daemon
 
@@ -325,16 +331,16 @@ class Runs:
                 self._attempt(run, active)
             except Interrupted:
                 return ("stopped", "by the operator") if active.by_operator else ("", "")
-            except AccordError as error:
-                log.error("the run aborted: %s", error, extra={"run": run})
-                return "aborted", f"{type(error).__name__}: {error}"
-            except (httpx.HTTPError, ConnectionError) as error:
+            except (httpx.HTTPError, ConnectionError, Unreachable) as error:
                 if self._draining.is_set():
                     return "", ""
                 log.warning("the SuperLink failed (%s): the run goes on soon", type(error).__name__, extra={"run": run})
                 self._set(run, "waiting", "for the SuperLink")
                 if active.stopping.wait(RETRY_S):
                     return ("stopped", "by the operator") if active.by_operator else ("", "")
+            except AccordError as error:
+                log.error("the run aborted: %s", error, extra={"run": run})
+                return "aborted", f"{type(error).__name__}: {error}"
             except Exception as error:
                 log.exception("the run failed", extra={"run": run})
                 return "aborted", f"internal error: {type(error).__name__}"

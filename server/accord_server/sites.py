@@ -89,6 +89,8 @@ class Sites:
         self._database, self._audit, self._superlink = database, audit, superlink
         self._authority, self._settings, self._clock = authority, settings, clock
         self._lock = threading.Lock()
+        self._admitting = threading.RLock()
+        """Held while the SuperLink is told of keys: a list of keys that is out of date by then would undo a word."""
         self._presence: dict[str, Presence] = {}
 
     # --- for the operator
@@ -122,7 +124,7 @@ class Sites:
                 site.state = "approved"
                 self._audit.add(session, "site.approved", name, fingerprint=site.fingerprint)
             key, info = current_key(session, name), self._info(session, site)
-        with _superlink(f"{name!r} is approved"):
+        with self._admitting, _superlink(f"{name!r} is approved"):
             self._superlink.admit(key.public_key.encode())
         return info
 
@@ -148,7 +150,7 @@ class Sites:
             info = self._info(session, site)
         with self._lock:
             self._presence.pop(name, None)
-        with _superlink(f"{name!r} is revoked"):
+        with self._admitting, _superlink(f"{name!r} is revoked"):
             for key in keys:
                 self._superlink.expel(key.public_key.encode())
         return info
@@ -204,7 +206,7 @@ class Sites:
         return old
 
     def _replace(self, site: Site, old: SiteKey, new: SiteKey) -> None:
-        with _superlink(f"{site.name!r} has a new key"):
+        with self._admitting, _superlink(f"{site.name!r} has a new key"):
             if site.state == "approved":
                 self._superlink.admit(new.public_key.encode())
             self._superlink.expel(old.public_key.encode())
@@ -263,9 +265,9 @@ class Sites:
         Raises:
             Unreachable: it does not answer.
         """
-        with self._database.session() as session:
-            wanted = {key.public_key.encode() for key in _approved_keys(session)}
-        with _superlink("keys are compared"):
+        with self._admitting, _superlink("keys are compared"):
+            with self._database.session() as session:
+                wanted = {key.public_key.encode() for key in _approved_keys(session)}
             known = self._superlink.nodes().keys()
             for key in known - wanted:
                 self._superlink.expel(key)
