@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -56,7 +56,8 @@ LOOK_S = 0.2
 """How often a worker that may not work looks whether it may."""
 POLL_SHARE = 0.05
 """Pause between questions, as a part of the time that nothing came: idle sites ask rarely, busy ones at once."""
-UPKEEP_S = 60.0
+QUIET_S = 10.0
+"""Without a message for so long no round is held to be under way here."""
 
 
 @dataclass
@@ -73,6 +74,8 @@ class Standing:
     """Hash of the coordinator's roster."""
     paused: bool = False
     training: bool = False
+    heard: float = float("-inf")
+    """When the last message came (monotonic)."""
     last_refusal: str = ""
     flower: str = ""
     """Why the connection to the SuperLink is not there."""
@@ -168,13 +171,18 @@ class Agent:
         standing.greeted, standing.approved = True, reply.state == "approved"
         standing.offered = reply.roster
         self._metrics.show(standing.skew_s, self._keys.expires.timestamp(), connected=standing.approved)
-        if reply.renew:
+        if reply.renew and self._may_renew():
             self._client.renew()
             log.info("the certificate is new", extra={"expires": self._keys.expires.isoformat()})
         if reply.roster and self._rosters.hash and reply.roster != self._rosters.hash:
             self._follow_roster()
         for model in reply.models:
             self._fetch(model.run)
+
+    def _may_renew(self) -> bool:
+        """A new key is another node: what the old one was asked in this round is lost. Not in a round, but in time."""
+        quiet = not self.standing.training and time.monotonic() - self.standing.heard > QUIET_S
+        return quiet or self._keys.expires - datetime.now(UTC) < timedelta(days=1)
 
     def _note_skew(self, skew_s: float) -> None:
         before, now = self._skewed(self.standing.skew_s), self._skewed(skew_s)
@@ -268,7 +276,7 @@ class Agent:
 
     def _take_messages(self, connection: FleetConnection) -> None:
         """Until something stands in the way. A message comes once: its answer is kept until it is delivered."""
-        agent, key, heard = self._settings.agent, self._keys.node, time.monotonic()
+        agent, key, self.standing.heard = self._settings.agent, self._keys.node, time.monotonic()
         while not self.stopping.is_set() and not self._obstacle()[0] and self._keys.node is key:
             try:
                 incoming = connection.receive()
@@ -277,9 +285,9 @@ class Agent:
                 continue
             if incoming is not None:
                 self._answer(connection, incoming)
-                heard = time.monotonic()
+                self.standing.heard = time.monotonic()
                 continue
-            idle = time.monotonic() - heard
+            idle = time.monotonic() - self.standing.heard
             self.stopping.wait(min(max(agent.poll_s, POLL_SHARE * idle), agent.most_poll_s))
 
     def _answer(self, connection: FleetConnection, incoming: Incoming) -> None:

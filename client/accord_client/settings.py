@@ -155,7 +155,7 @@ class DeviceSettings(Table):
 class AgentSettings(Table):
     """How the agent speaks to its coordinator."""
 
-    poll_s: Annotated[float, Field(ge=0.01, le=60)] = 0.1
+    poll_s: Annotated[float, Field(ge=0.01, le=60)] = 0.05
     """Shortest time between two questions for work."""
     most_poll_s: Annotated[float, Field(ge=0.1, le=600)] = 2.0
     """Longest: between runs questions become rarer."""

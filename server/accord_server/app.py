@@ -260,7 +260,7 @@ class FlowerExchange:
             if start - looked_at >= PRESENCE_S:
                 looked_at = start
                 for identity, node in list(waiting.items()):
-                    if gone := self._gone(names[node], boots[node]):
+                    if gone := self._gone(node, names[node], boots[node]):
                         del waiting[identity]
                         yield node, Failure(gone)
             if waiting:  # a look at a thousand sites must not take a whole core, nor a long wait a part of one
@@ -269,8 +269,10 @@ class FlowerExchange:
         for node in waiting.values():
             yield node, Failure(f"no reply within {timeout_s:g} s")
 
-    def _gone(self, site: str, boot: str) -> str:
+    def _gone(self, node: int, site: str, boot: str) -> str:
         """Why no answer will come, if so."""
+        if self._presence.name_of(node) not in (None, site):
+            return "the site's key is not admitted any more"
         if self._presence.boot(site) != boot:
             return "the site restarted"
         return "" if self._presence.is_there(site) else "the site is not connected any more"

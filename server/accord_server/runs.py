@@ -65,7 +65,7 @@ class SitePresence:
     def name_of(self, node: int) -> str:
         """The approved site of a node; empty for a node of none."""
         now = time.monotonic()
-        if node not in self._names and now - self._read_at > NODES_S:
+        if now - self._read_at > NODES_S:  # known ones too: a site may be revoked, or have a new key
             self._read_at = now
             self._names = {number: name for name, number in self._sites.nodes().items()}
         return self._names.get(node, "")
@@ -115,6 +115,8 @@ class Runs:
         self._changed = threading.Condition()
         self._draining = threading.Event()
         self._witnesses: dict[str, Witness] = {}
+        self._documents: dict[str, SignedModel] = {}
+        """Of finished runs: every hello of a site asks for them."""
         self._round_began: dict[str, float] = {}
 
     # --- for the operator
@@ -275,11 +277,16 @@ class Runs:
 
     def _document(self, run: str) -> SignedModel | None:
         """What is signed of a model; None: it is lost, which keeps no site from saying hello."""
+        if run in self._documents:
+            return self._documents[run]
         try:
-            return SignedModel.from_json((self._folder.runs / run / "model" / "model.json").read_bytes())
+            self._documents[run] = SignedModel.from_json(
+                (self._folder.runs / run / "model" / "model.json").read_bytes()
+            )
         except (OSError, AccordError) as error:
             log.warning("the model of a finished run cannot be read: %s", type(error).__name__, extra={"run": run})
             return None
+        return self._documents[run]
 
     # --- for the daemon
 

@@ -166,7 +166,7 @@ def test_who_is_away_is_not_asked_and_not_waited_for() -> None:
     assert sorted(trips.sites()) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("how", ["restarted", "not connected any more"])
+@pytest.mark.parametrize("how", ["restarted", "not connected any more", "not admitted any more"])
 def test_who_goes_in_mid_trip_is_given_up(how: str) -> None:
     nodes, known = three()
     trips = exchange(nodes, known, replace(QUICK, trip_timeout_s=60.0))
@@ -176,6 +176,8 @@ def test_who_goes_in_mid_trip_is_given_up(how: str) -> None:
     def go() -> None:
         if how == "restarted":
             known.boots["b"] = "another"
+        elif how == "not admitted any more":  # revoked, or with a new key
+            known.names[2] = ""
         else:
             known.away.add("b")
 
