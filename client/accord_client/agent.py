@@ -221,7 +221,8 @@ class Agent:
         """Have finished models at hand; one that cannot be had keeps nothing else up."""
         try:
             if not (self._folder.model(run) / "model.json").exists():
-                self._client.fetch_model(run)
+                fetched = self._client.fetch_model(run)
+                self._workplace.end(fetched.plan.hash)
                 log.info("the finished model is here", extra={"run": run})
         except Unreachable:
             raise

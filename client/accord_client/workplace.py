@@ -118,6 +118,10 @@ class Workplace:
         """Remember the newest run of a plan, for the status."""
         self._newest_run[plan_hash] = run
 
+    def end(self, plan_hash: str) -> None:
+        """A plan's run has ended: what is reserved for a step that will never be released is free again."""
+        self._store(Policy.read(self._folder.policy)).ledger.void(plan_hash)
+
     def runs(self) -> list[pb.SiteRun]:
         """What was released under each plan, from the ledger, and its newest run that this process heard of."""
         balance = self._store(Policy.read(self._folder.policy)).ledger.verify()
