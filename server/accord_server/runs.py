@@ -57,8 +57,9 @@ NODES_S = 2.0
 class SitePresence:
     """`Presence` from what the sites say over their own connection."""
 
-    def __init__(self, sites: Sites) -> None:
+    def __init__(self, sites: Sites, most_skew_s: float) -> None:
         self._sites = sites
+        self._most_skew_s = most_skew_s
         self._names: dict[int, str] = {}
         self._read_at = float("-inf")
 
@@ -75,11 +76,11 @@ class SitePresence:
         return self._sites.presence(site).boot if site else ""
 
     def is_there(self, site: str) -> bool:
-        """Heard of lately, and not paused by its operator."""
+        """Heard of lately, not paused by its operator, and with a clock that lets it answer."""
         if not site:
             return False
         known = self._sites.presence(site)
-        return known.online(time.time()) and known.state != "paused"
+        return known.online(time.time()) and known.state != "paused" and abs(known.skew_s) <= self._most_skew_s
 
 
 @dataclass
@@ -378,7 +379,12 @@ class Runs:
         self._set(run, "waiting", f"for {plan.cohort.minimum} sites")
         with self._superlink.run() as grid:
             exchange = FlowerExchange(
-                grid, timing, active.stopping.is_set, enquiry, SitePresence(self._sites), self._draining.is_set
+                grid,
+                timing,
+                active.stopping.is_set,
+                enquiry,
+                SitePresence(self._sites, self._settings.clock.most_skew_s),
+                self._draining.is_set,
             )
             exchange.join(plan.cohort.minimum, plan.cohort.size)
             self._set(run, "running", f"{len(exchange.sites())} sites")
