@@ -191,33 +191,28 @@ def test_a_slow_site_is_waited_for(lab: Lab) -> None:
     lab.hold_ledgers(run, plan)
 
 
-def test_a_site_leaves_and_joins_between_rounds(lab: Lab) -> None:
-    deployment, name = lab.deployment, "bank-01"
-    run, plan = lab.start_run(rounds=20)
+def test_sites_leave_and_join_between_rounds(lab: Lab) -> None:
+    """By the operator's pause, and by the end of the agent."""
+    deployment, paused, ended = lab.deployment, "bank-01", "bank-02"
+    run, plan = lab.start_run(rounds=24)
     deployment.wait_for_round(run, 2)
-    assert deployment.agents[name].stop() == 0
-    assert deployment.agents[name].others() == []
+    with deployment.at_site(paused) as stub:
+        assert stub.Pause(pb.Empty(), timeout=CALL_S).state == "paused"
     reached = deployment.run(run).round
     deployment.wait_for_round(run, reached + 2)
-    deployment.start_agents([name])
-    survivors = finished(lab, run)
-    assert name in survivors[1]
-    assert [number for number, sites in survivors.items() if name not in sites]
-    assert name in survivors[20]
-    lab.hold_ledgers(run, plan)
-
-
-def test_a_paused_site_sits_out_until_it_is_resumed(lab: Lab) -> None:
-    deployment, name = lab.deployment, "bank-01"
-    with deployment.at_site(name) as stub:
-        assert stub.Pause(pb.Empty(), timeout=CALL_S).state == "paused"
-    run, plan = lab.start_run(rounds=8)
-    deployment.wait_for_round(run, 3)
-    with deployment.at_site(name) as stub:
+    with deployment.at_site(paused) as stub:
         assert stub.Resume(pb.Empty(), timeout=CALL_S).state in ("ready", "training")
+    deployment.wait_for_agent(paused, "to take part", lambda _: last_round(lab, paused, plan.hash) > reached + 2)
+    assert deployment.agents[ended].stop() == 0
+    assert deployment.agents[ended].others() == []
+    reached = deployment.run(run).round
+    deployment.wait_for_round(run, reached + 2)
+    deployment.start_agents([ended])
     survivors = finished(lab, run)
-    assert name not in survivors[1]
-    assert name in survivors[8]
+    for name in (paused, ended):
+        assert name in survivors[1]
+        assert [number for number, sites in survivors.items() if name not in sites]
+        assert name in survivors[24]
     lab.hold_ledgers(run, plan)
 
 
