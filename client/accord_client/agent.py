@@ -39,6 +39,7 @@ from accord_shared.errors import (
     SessionLost,
     SitePaused,
     Unreachable,
+    printable,
 )
 from accord_shared.files import only_one, write_atomic
 from accord_shared.messages import Enquiry, Message
@@ -334,7 +335,7 @@ class Agent:
         except SessionLost:
             raise
         except AccordError as error:
-            self.standing.last_refusal = f"{type(error).__name__}: {error}"
+            self.standing.last_refusal = printable(f"{type(error).__name__}: {error}")
             log.warning("refused: %s: %s", type(error).__name__, error)
             raise
 

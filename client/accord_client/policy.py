@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from accord_client.connectors import DataSpec, check_plan
 from accord_client.ledger.entries import DataSet, Limits
 from accord_client.settings import DataName, read_settings
-from accord_shared.errors import DataError, PolicyRefused
+from accord_shared.errors import DataError, PolicyRefused, printable
 from accord_shared.plan import Noise, Plan, Table
 
 _NOISE: dict[str, int] = {"none": 0, "cohort": 1, "participant": 1, "site": 2}
@@ -161,7 +161,7 @@ class Policy(Table):
             self.check(plan, signer, coordinator)
             check_plan(self.spec(data), plan)
         except (PolicyRefused, DataError) as error:
-            return str(error)
+            return printable(str(error))
         return None
 
     def spec(self, data: Mapping[str, DataSpec]) -> DataSpec:

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from accord_server.exchange import Failure, Reply
 from accord_server.rounds import Coordinator
 from accord_shared import PROTOCOL_VERSION
-from accord_shared.errors import AccordError, Interrupted, ProtocolError, RoundAborted
+from accord_shared.errors import AccordError, Interrupted, ProtocolError, RoundAborted, printable
 from accord_shared.messages import Enquiry, Joined, Message, Refusal
 from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
@@ -280,11 +280,11 @@ class FlowerExchange:
 
 def _reply(answer: FlowerMessage) -> Reply:
     if answer.has_error():
-        return Failure(f"the client failed: {answer.error.reason or answer.error.code}"[:300])
+        return Failure(printable(f"the client failed: {answer.error.reason or answer.error.code}")[:300])
     try:
         message = decode(answer.content)
     except AccordError as error:
-        return Failure(f"{type(error).__name__}: {error}")
+        return Failure(printable(f"{type(error).__name__}: {error}"))
     return Failure.of(message) if isinstance(message, Refusal) else message
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from accord_shared.errors import AccordError, Interrupted
+from accord_shared.errors import AccordError, Interrupted, printable
 from accord_shared.messages import Enquiry, Joined, Message, Refusal
 
 
@@ -21,7 +21,7 @@ class Failure:
     @staticmethod
     def of(refusal: Refusal) -> Failure:
         """The failure that a refusal is."""
-        return Failure(reason=f"{refusal.kind}: {refusal.reason}", kind=refusal.kind)
+        return Failure(reason=printable(f"{refusal.kind}: {refusal.reason}"), kind=refusal.kind)
 
 
 Reply = Message | Failure

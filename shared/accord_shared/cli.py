@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from accord_shared import PROTOCOL_VERSION, __version__
-from accord_shared.errors import AccordError, Interrupted, MissingExtra
+from accord_shared.errors import AccordError, Interrupted, MissingExtra, printable
 
 app = typer.Typer(
     name="accord",
@@ -108,11 +109,8 @@ def initial_weights(plan: Any) -> Any:
         MissingExtra: it is not installed.
     """
     for entry in entry_points(group="accord.initial_weights"):
-        try:
-            compute = entry.load()
-        except ImportError:
-            continue
-        return compute(plan)
+        with suppress(ModuleNotFoundError):
+            return entry.load()(plan)
     raise MissingExtra(
         "the initial weights need the extra [client]: where it is, `accord plan initial PLAN --out FILE` computes them"
     )
@@ -143,7 +141,8 @@ def _facts(plan: Any) -> dict[str, Any]:
         **({} if plan.shared_noise else {"epsilon_all_collude": plan_epsilon(plan, plan.releases)}),
     }
     for entry in entry_points(group="accord.plan_facts"):
-        facts |= _load(entry)(plan)
+        with suppress(ModuleNotFoundError):  # of the extra [client]: what needs the model stays unknown
+            facts |= _load(entry)(plan)
     return facts
 
 
@@ -165,7 +164,7 @@ def _load(entry: EntryPoint) -> Any:
 def fail(error: BaseException) -> int:
     """Print one line on standard error; the exit code."""
     if isinstance(error, AccordError):
-        sys.stderr.write(f"accord: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"accord: {printable(str(error))}\n")
         return error.exit_code
     if isinstance(error, OSError):
         sys.stderr.write(f"accord: {error.filename or 'system'}: {error.strerror or error}\n")

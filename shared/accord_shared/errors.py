@@ -7,6 +7,11 @@ The command line maps them to exit codes: `BadInput` and `Refused` end with 2, `
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """The text on one line, without what would steer a terminal: it may be a stranger's."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+
+
 class AccordError(Exception):
     """Base of all errors that Accord raises on purpose."""
 

@@ -32,7 +32,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # noqa: E402
 from grpc_reflection.v1alpha import reflection  # noqa: E402
 
 from accord_shared import errors  # noqa: E402
-from accord_shared.errors import AccordError, NotRunning, OutputError, Refused, Unreachable  # noqa: E402
+from accord_shared.errors import AccordError, NotRunning, OutputError, Refused, Unreachable, printable  # noqa: E402
 from accord_shared.files import write_atomic  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def typed_errors(peer: str) -> Iterator[None]:
 
 
 def _typed(error: Any, peer: str) -> AccordError:
-    code, details = error.code(), str(error.details() or "")
+    code, details = error.code(), printable(str(error.details() or ""))
     name, _, line = details.partition(": ")
     kind = getattr(errors, name, None) if name.isidentifier() else None
     if isinstance(kind, type) and issubclass(kind, AccordError):
