@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 from flwr.app import Message as FlowerMessage
+from flwr.app import RecordDict
 from hostile import Setting, identity_of
 
 from accord_client.coordinator import CoordinatorClient
@@ -124,6 +125,9 @@ class Town:
     def resident(self) -> int:
         return sum(int(process.memory_info().rss) for process in self.processes())
 
+    def resident_of(self, name: str) -> int:
+        return int(psutil.Process(self.deployment.agents[name].pid).memory_info().rss)
+
     def alive(self) -> None:
         """Coordinator, SuperLink and agent answer as if nothing had happened."""
         assert self.deployment.coordinator.running
@@ -225,18 +229,28 @@ class Liar:
         assert reply is not None, f"no answer to {type(message).__name__}"
         return reply
 
+    def send(self, content: RecordDict) -> Message:
+        """The victim's answer to anything at all."""
+        reply = self._told(content, 30.0)
+        assert reply is not None
+        return reply
+
     def told(self, message: Message, within_s: float) -> Message | None:
+        reply = self._told(encode(message), within_s)
+        if reply is not None:
+            self.kept.append((message, reply))
+        return reply
+
+    def _told(self, content: RecordDict, within_s: float) -> Message | None:
         node = self.daemon._sites.nodes()[VICTIM]
         self.town.deployment.wait_for("the victim's node", lambda: node in set(self.grid.get_node_ids()))
-        sent = FlowerMessage(encode(message), dst_node_id=node, message_type="train", ttl=within_s)
+        sent = FlowerMessage(content, dst_node_id=node, message_type="train", ttl=within_s)
         (identity,) = self.grid.push_messages([sent])
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline:
             for answer in self.grid.pull_messages([identity]):
                 assert not answer.has_error(), answer.error.reason
-                reply = decode(answer.content)
-                self.kept.append((message, reply))
-                return reply
+                return decode(answer.content)
             time.sleep(0.01)
         return None
 

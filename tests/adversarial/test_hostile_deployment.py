@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -33,10 +34,13 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hostile import World, identity_of
 from hostile_deployment import GONE, PASSPHRASE, THIEF, VICTIM, AgentStation, DeployedSetting, Liar, Town, liar, town
+from safetensors.numpy import save
 
 from accord_client.enrolment import enrol
 from accord_client.fleet import FleetConnection, Incoming, _asked
-from accord_server.settings import ListenSpec
+from accord_server.database import Database, RunRow
+from accord_server.exchange import Failure
+from accord_server.settings import CoordinatorFolder, ListenSpec
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.errors import (
     AccordError,
@@ -51,11 +55,11 @@ from accord_shared.errors import (
 from accord_shared.messages import Joined, MaskedUpload, MaskRequest, OpenRequest, Refusal, TrainReply, TrainRequest
 from accord_shared.plan import Plan
 from accord_shared.service import rpc
-from accord_shared.service.keyfile import new_tls_key, plain_pem
+from accord_shared.service.keyfile import new_tls_key, plain_pem, read_identity
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc as services
 from accord_shared.service.token import Invitation
-from accord_shared.signatures import Endorsement, PlanSignature
+from accord_shared.signatures import Endorsement, PlanSignature, SignedModel
 from accord_shared.wire import encode
 from accord_simulations.deployment.processes import CALL_S, Process
 from coordinator_lab import Authority as OtherAuthority
@@ -272,6 +276,80 @@ def test_a_node_speaks_for_no_other(place: Town) -> None:
     with pytest.raises(NotAdmitted):
         _asked(node._client.PullObject, PullObjectRequest(node=Node(node_id=other), run_id=1, object_id="a" * 64))
     node.close()
+    place.alive()
+
+
+def test_no_stranger_writes_to_an_operators_terminal() -> None:
+    """What a coordinator says to a site, and a site to a coordinator, is a line without escapes."""
+    words = "\x1b[2J\x1b]0;owned\x07\nforged: line\u202e"
+    impostor = Impostor(refuse={"Enrol": NotAdmitted(words)}).start()
+    request = pb.EnrolRequest(name="x", certificate_request=Bank("x").csr())
+    with (
+        closing(rpc.secure_channel(impostor.enrolment_address, impostor.authority.pem)) as channel,
+        pytest.raises(NotAdmitted) as told,
+        rpc.typed_errors("the coordinator"),
+    ):
+        services.EnrolmentStub(channel).Enrol(request, timeout=CALL_S)
+    impostor.stop()
+    assert str(told.value).isprintable()
+    assert "owned" in str(told.value)
+    assert Failure.of(Refusal(words, words)).reason.isprintable()
+
+
+# --- models
+
+
+@contextmanager
+def finished(place: Town, run: str) -> Iterator[Path]:
+    """A run that came to its end, in which the victim took part, and its model."""
+    server = CoordinatorFolder(place.deployment.server_folder)
+    identity = read_identity(server.identity)
+    data = save({"weights": np.zeros(2_000_000, np.float32)})
+    plan = place.plan
+    folder = server.runs / run / "model"
+    folder.mkdir(parents=True)
+    signed = SignedModel(
+        run=run,
+        name=plan.run.name,
+        plan=plan.to_json(),
+        plan_hash=plan.hash,
+        digest=hashlib.sha256(data).hexdigest(),
+        rounds=4,
+        finished="2026-11-25T10:00:00+00:00",
+    ).signed(identity)
+    (folder / "weights.safetensors").write_bytes(data)
+    (folder / "model.json").write_text(signed.to_json())
+    row = RunRow(run=run, name="x", plan_hash=plan.hash, plan=plan.to_json(), state="finished", rounds=4)
+    row.started_us, row.changed_us, row.sites = 1, 2, json.dumps([VICTIM])
+    with closing(Database(server.database_url(place.settings))) as database:
+        with database.session() as session:
+            session.add(row)
+        yield folder
+        with database.session() as session:
+            session.delete(session.get_one(RunRow, run))
+
+
+def test_a_model_goes_to_the_sites_of_its_run_alone_and_slow_readers_halt_nobody(place: Town) -> None:
+    run = "model-1"
+    with finished(place, run), stub_of(place, "api", place.keys(VICTIM).pair()) as channel:
+        thief = place.keys(THIEF).pair()
+        assert api(place, thief, lambda stub: list(stub.ListModels(pb.Empty(), timeout=5).models)) == []
+        assert list(api(place, thief, lambda stub: stub.Hello(hello(), timeout=5)).models) == []
+        with pytest.raises(AccordError, match="no finished model"):
+            api(place, thief, lambda stub: list(stub.GetModel(pb.ModelRequest(run=run), timeout=5)))
+        stub = services.FederationStub(channel)
+        assert [info.run for info in stub.ListModels(pb.Empty(), timeout=5).models] == [run]
+        place.deployment.wait_for(
+            "the agent's refusal", lambda: "never joined plan" in place.log(VICTIM), within_s=20
+        )  # the coordinator's signature is good, but this site never saw the plan
+        assert not list(place.folder(VICTIM).models.iterdir())
+        slow = [stub.GetModel(pb.ModelRequest(run=run), timeout=20) for _ in range(40)]  # and nobody reads
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert api(place, thief, lambda stub: stub.Hello(hello(), timeout=5)).state == "approved"
+        assert time.monotonic() - began < 3
+        for call in slow:
+            call.cancel()
     place.alive()
 
 
@@ -860,6 +938,31 @@ def test_a_plan_that_protects_less_is_refused_and_cannot_be_approved(place: Town
     master.refused(mask_request(master, plan), "PolicyRefused")
     assert key in place.log(VICTIM)
     assert place.charged(plan) == []
+
+
+def test_an_agent_survives_what_is_no_message(place: Town, master: Liar) -> None:
+    """Through Flower, by whoever commands the SuperLink."""
+    kinds = "Enquiry", "MaskRequest", "OpenRequest", "Refusal", "Joined", "__class__", ""
+    contents = [
+        RecordDict(),
+        RecordDict({"x": MetricRecord({"y": 1.0})}),
+        RecordDict({"accord.fields": MetricRecord({"message": 1.0})}),
+        RecordDict({"accord.fields": ArrayRecord({"message": as_array(b"\x80\x04.")})}),
+        RecordDict({"accord.fields": ConfigRecord({"message": [1, 2]})}),
+        RecordDict({"accord.fields": ConfigRecord({"message": "TrainRequest"}), "accord.vectors": ArrayRecord()}),
+        *(RecordDict({"accord.fields": ConfigRecord({"message": kind})}) for kind in kinds),
+        *(RecordDict({"accord.fields": ConfigRecord({"message": kind, "run_id": "x" * 10**6})}) for kind in kinds),
+    ]
+    before = place.resident_of(VICTIM)
+    for content in contents:
+        assert isinstance(master.send(content), Refusal)
+    weights = np.zeros(5_000_000, np.float32)
+    master.refused(TrainRequest(PROTOCOL_VERSION, "r", "a" * 64, 1, 1, weights), "PlanNotApproved", "ProtocolError")
+    for version in (0, 2, 2**53):
+        master.refused(master.enquiry(place.plan, protocol=version), "PlanNotApproved", "ProtocolError")
+    place.deployment.wait_ready()
+    assert place.resident_of(VICTIM) - before < MEMORY
+    assert place.releases() == []
 
 
 def everything(place: Town) -> set[str]:
