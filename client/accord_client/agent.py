@@ -42,7 +42,7 @@ from accord_shared.errors import (
     printable,
 )
 from accord_shared.files import only_one, write_atomic
-from accord_shared.messages import Enquiry, Message
+from accord_shared.messages import Enquiry, Message, Refusal
 from accord_shared.service import logs, notify
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc as services
@@ -331,13 +331,16 @@ class Agent:
             self._gate.check(message, datetime.now())
             if isinstance(message, Enquiry):
                 self._workplace.note_run(message.plan_hash, message.run_id)
-            return self._workplace.site.handle(message)
-        except SessionLost:
-            raise
+            reply = self._workplace.site.handle(message)
         except AccordError as error:
             self.standing.last_refusal = printable(f"{type(error).__name__}: {error}")
-            log.warning("refused: %s: %s", type(error).__name__, error)
+            log.warning("refused: %s", self.standing.last_refusal)
             raise
+        if isinstance(reply, Refusal):  # the site has logged it
+            self.standing.last_refusal = "" if reply.kind == SessionLost.__name__ else f"{reply.kind}: {reply.reason}"
+        elif self._gate.begins_work(message):
+            self.standing.last_refusal = ""
+        return reply
 
     # --- for the operator
 
