@@ -143,8 +143,9 @@ class FlowerExchange:
                 enough_since = now
             heard = not self._greetings and len(self._greeted) >= minimum
             if enough_since is not None and present >= minimum:
-                graced = now - enough_since >= self._timing.grace_s
-                if heard and (present >= whole or graced):
+                waited = now - enough_since
+                silent = waited >= self._timing.trip_timeout_s  # who says nothing keeps no run from its start
+                if (heard or silent) and (present >= whole or waited >= self._timing.grace_s):
                     return
             lost = heard and self._timing.ask_again_s is None and present < minimum
             if lost or now >= deadline:

@@ -152,6 +152,14 @@ def test_without_a_time_to_ask_again_a_refusal_ends_the_wait() -> None:
         exchange(nodes, known, replace(QUICK, ask_again_s=None)).join(3)
 
 
+def test_who_never_answers_keeps_no_run_from_its_start() -> None:
+    nodes, known = three()
+    nodes.answers[3] = None
+    trips = exchange(nodes, known, replace(QUICK, trip_timeout_s=0.2))
+    trips.join(2, 3)
+    assert sorted(trips.sites()) == ["a", "b"]
+
+
 def test_who_is_away_is_not_asked_and_not_waited_for() -> None:
     nodes, known = three()
     trips = exchange(nodes, known)
