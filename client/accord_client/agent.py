@@ -44,6 +44,7 @@ from accord_shared.errors import (
 from accord_shared.files import only_one, write_atomic
 from accord_shared.messages import Enquiry, Message, Refusal
 from accord_shared.service import logs, notify
+from accord_shared.service.exposition import exposed
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc as services
 from accord_shared.service.rpc import add_health_and_reflection, local_server, private_folder
@@ -120,7 +121,7 @@ class Agent:
             stack.callback(self._client.close)
             agent = self._settings.agent
             if agent.metrics:
-                stack.enter_context(self._metrics.serve(agent.metrics_host, agent.metrics))
+                stack.enter_context(exposed(self._metrics.registry, agent.metrics_host, agent.metrics))
             local = local_server(self._folder.control, "agent", AgentService(self).add_to)
             local.start()
             stack.callback(lambda: local.stop(1.0).wait(5.0))

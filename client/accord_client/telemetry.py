@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
-
-from accord_shared.errors import Unreachable
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 
 class AgentMetrics:
@@ -35,21 +30,3 @@ class AgentMetrics:
         """A message was answered in so long."""
         self._messages.inc()
         self._busy.inc(seconds)
-
-    @contextmanager
-    def serve(self, host: str, port: int) -> Iterator[int]:
-        """Answer at `/metrics` while the context lasts; the port.
-
-        Raises:
-            Unreachable: the address cannot be bound.
-        """
-        try:
-            server, thread = start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise Unreachable(f"cannot listen on {host}:{port}: {error.strerror}") from None
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()

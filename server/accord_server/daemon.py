@@ -30,6 +30,7 @@ from accord_server.superlink import SuperLinkSettings
 from accord_shared.errors import AccordError, Unreachable
 from accord_shared.files import only_one
 from accord_shared.service import logs, notify
+from accord_shared.service.exposition import exposed
 from accord_shared.service.keyfile import read_identity
 from accord_shared.service.rpc import local_server, private_folder, secure_server
 
@@ -156,7 +157,7 @@ class Daemon:
             stack.callback(self._audit.note, "coordinator.stopped", self._settings.federation)
             self._start_superlink()
             listen = self._settings.listen
-            stack.enter_context(self._metrics.serve(listen.metrics_host, listen.metrics))
+            stack.enter_context(exposed(self._metrics.registry, listen.metrics_host, listen.metrics))
             for server in self._servers():
                 server.start()
                 stack.callback(_stop, server)

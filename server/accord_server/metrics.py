@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from accord_shared.errors import Unreachable
 from accord_shared.service.pb import accord_pb2 as pb
 
 SITE_STATES = ("pending", "approved", "revoked")
@@ -69,22 +65,6 @@ class Metrics:
         """Show how many entries the audit log has."""
         self._audit_entries = entries
 
-    @contextmanager
-    def serve(self, host: str, port: int) -> Iterator[int]:
-        """Answer at `/metrics` while the context lasts; the port (0: one that is free).
-
-        Raises:
-            Unreachable: the address cannot be bound.
-        """
-        try:
-            server, thread = start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise Unreachable(f"cannot listen on {host}:{port}: {error.strerror}") from None
-        try:
-            yield server.server_port
-        finally:
-            _stop(server, thread)
-
 
 def _show(gauge: Gauge, values: dict[str, float], known: set[str]) -> None:
     """Set these values and drop what else is `known`: whoever reads meanwhile sees too much, never too little."""
@@ -105,9 +85,3 @@ class _AuditEntries(Collector):
     def collect(self) -> Iterator[Metric]:
         """The one counter."""
         yield CounterMetricFamily("accord_audit_entries", "Entries of the audit log.", value=self._value())
-
-
-def _stop(server: WSGIServer, thread: threading.Thread) -> None:
-    server.shutdown()
-    server.server_close()
-    thread.join()

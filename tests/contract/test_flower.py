@@ -304,7 +304,9 @@ def test_a_malicious_bundle_has_no_effect_anywhere(link: Link, tmp_path: Path) -
     assert "GetFab" not in inspect.getsource(sys.modules[FleetConnection.__module__])
 
 
-def test_in_a_file_nodes_survive_a_restart_and_runs_do_not(tmp_path: Path, folder: Path, settings: SuperLinkSettings) -> None:
+def test_in_a_file_nodes_survive_a_restart_and_runs_do_not(
+    tmp_path: Path, folder: Path, settings: SuperLinkSettings
+) -> None:
     own = private_folder(tmp_path / "s")
     changed = {"socket": own / "l.sock", "database": own / "link.db", "port": free_port()}
     again = settings.model_copy(update=changed)

@@ -11,12 +11,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from accord_server.metrics import Metrics
 from accord_shared.errors import Unreachable
+from accord_shared.service.exposition import exposed
 from accord_shared.service.pb import accord_pb2 as pb
 
 
 def read(metrics: Metrics) -> dict[str, float]:
     """All samples over HTTP, labels in the name."""
-    with metrics.serve("127.0.0.1", 0) as port:
+    with exposed(metrics.registry, "127.0.0.1", 0) as port:
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {".".join((sample.name, *sample.labels.values())): sample.value for sample in samples}
@@ -81,5 +82,5 @@ def test_sites_that_are_gone_are_not_shown() -> None:
 def test_a_port_that_is_taken() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(Unreachable, match=f"127.0.0.1:{port}"), Metrics().serve("127.0.0.1", port):
+        with pytest.raises(Unreachable, match=f"127.0.0.1:{port}"), exposed(Metrics().registry, "127.0.0.1", port):
             pass

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, Json
+from accord_client.cli_site.options import DEFAULT_FOLDER, Folder
+from accord_shared.cli_output import Json
 from accord_shared.errors import BadInput
 
 if TYPE_CHECKING:

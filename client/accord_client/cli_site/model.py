@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, Json, fields, moment, opened, show
+from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, opened
+from accord_shared.cli_output import Json, fields, moment, show
 from accord_shared.errors import OutputError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_client.cli_site.options import CALL_S, DEFAULT_FOLDER, Folder, Json, fields, moment, opened, show
+from accord_client.cli_site.options import CALL_S, DEFAULT_FOLDER, Folder, opened
+from accord_shared.cli_output import Json, fields, moment, show
 from accord_shared.errors import NotRunning
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, Json, fields, opened, show
+from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, opened
+from accord_shared.cli_output import Json, fields, show
 from accord_shared.errors import PolicyRefused
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_server.cli_server.options import DEFAULT_FOLDER, Folder, Json, fields, moment, opened, show
+from accord_server.cli_server.options import DEFAULT_FOLDER, Folder, opened
+from accord_shared.cli_output import Json, fields, moment, show
 from accord_shared.errors import BadInput, OutputError
 
 if TYPE_CHECKING:

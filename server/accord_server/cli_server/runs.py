@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_server.cli_server.options import (
-    CALL_S,
-    DEFAULT_FOLDER,
-    Folder,
-    Json,
-    coordinator,
-    fields,
-    moment,
-    show,
-)
+from accord_server.cli_server.options import CALL_S, DEFAULT_FOLDER, Folder, coordinator
+from accord_shared.cli_output import Json, fields, moment, show
 from accord_shared.errors import Aborted, AccordError, BadInput
 
 if TYPE_CHECKING:

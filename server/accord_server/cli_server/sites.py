@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_server.cli_server.options import (
-    CALL_S,
-    DEFAULT_FOLDER,
-    Folder,
-    Json,
-    Name,
-    coordinator,
-    fields,
-    moment,
-    opened,
-    show,
-)
+from accord_server.cli_server.options import CALL_S, DEFAULT_FOLDER, Folder, Name, coordinator, opened
+from accord_shared.cli_output import Json, fields, moment, show
 from accord_shared.errors import BadInput, NotRunning, OutputError, RosterError
 
 if TYPE_CHECKING:
@@ -59,7 +49,7 @@ def invite(
     folder: Folder = DEFAULT_FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Make a token with which one site enrols, once. It is a secret: send it by a channel that you trust."""
+    """Print a token with which one site enrols, once. It is a secret: send it by a channel that you trust."""
     from accord_shared.service.pb import accord_pb2 as pb
 
     if not 0 < valid_days <= 90:
@@ -68,7 +58,6 @@ def invite(
     with coordinator(folder) as server:
         made = server.Invite(request, timeout=CALL_S)
     facts = {"name": name, "token": made.token, "expires": moment(made.expires_us)}
-    typer.echo(f"site {name}: until {facts['expires']}, once", err=True)  # standard output is the token alone
     show(facts, [made.token], as_json)
 
 
