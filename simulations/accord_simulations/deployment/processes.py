@@ -28,7 +28,7 @@ from typing import Any, Self, TypeVar
 import psutil
 import tomli_w
 
-from accord_shared.errors import Aborted, MissingExtra, NotRunning, Refused
+from accord_shared.errors import Aborted, MissingExtra, NotRunning, OutputError, Refused
 from accord_shared.files import write_atomic
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc as rpcs
@@ -193,11 +193,11 @@ def new_root(keep: Path | None, prefix: str) -> Iterator[Path]:
     """A new folder, removed in the end unless it is the user's own; short, since sockets go into it.
 
     Raises:
-        Aborted: the user's folder exists already.
+        OutputError: the user's folder exists already.
     """
     if keep is not None:
         if keep.exists():
-            raise Aborted(f"{keep} exists already and is not overwritten")
+            raise OutputError(f"{keep} exists already and is not overwritten")
         keep.mkdir(parents=True, mode=0o700)
         yield keep.absolute()
         return
