@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,7 +59,7 @@ class SuperLinkProcess:
         Raises:
             Unreachable: it ends, or does not answer in time: its log says why.
         """
-        self._rotate_log()
+        self.trim_log()
         self._settings.socket.unlink(missing_ok=True)
         with self._log.open("ab") as file:
             self._process = subprocess.Popen(
@@ -79,9 +80,13 @@ class SuperLinkProcess:
             if stopping.wait(0.05):
                 return
 
-    def _rotate_log(self) -> None:
-        if self._log.exists() and self._log.stat().st_size > LOG_BYTES:
-            self._log.replace(self._log.with_suffix(".log.1"))
+    def trim_log(self) -> None:
+        """Put a long log aside, also while the process appends to it: a stranger's requests fill no disk."""
+        with suppress(OSError):
+            if self._log.stat().st_size > LOG_BYTES:
+                with suppress(OSError):
+                    shutil.copyfile(self._log, self._log.with_suffix(".log.1"))
+                os.truncate(self._log, 0)
 
     def is_alive(self) -> bool:
         """Whether the process is there."""
@@ -209,7 +214,8 @@ class Daemon:
                     self._keep_up()
 
     def _keep_up(self) -> None:
-        """Certificates, keys that the SuperLink was not told of, metrics."""
+        """Logs, certificates, keys that the SuperLink was not told of, metrics."""
+        self._process.trim_log()
         if self._authority.renew_server_if_due():
             self._audit.note("certificate.renewed", "server")
         self._process.read_certificate()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from accord_server.daemon import SuperLinkProcess
 from accord_server.database import RunRow
 from accord_server.metrics import Metrics
 from accord_server.rosters import Rosters
@@ -129,3 +130,22 @@ def test_a_run_waits_for_its_superlink_and_aborts_for_nothing_else(
     assert events[-1].info.state == "aborted"
     assert events[-1].info.detail == "Aborted: no run"
     assert link.errors == []
+
+
+def test_the_superlinks_log_stays_short_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It grows by whatever strangers send."""
+    monkeypatch.setattr("accord_server.daemon.LOG_BYTES", 1000)
+    log = tmp_path / "link.log"
+    process = SuperLinkProcess(None, log)  # type: ignore[arg-type]
+    process.trim_log()
+    with log.open("ab", buffering=0) as file:
+        file.write(b"x" * 900)
+        process.trim_log()
+        assert log.stat().st_size == 900
+        for _ in range(5):
+            file.write(b"y" * 1001)
+            process.trim_log()
+            assert log.stat().st_size == 0
+        file.write(b"the end")
+    assert log.read_bytes() == b"the end"
+    assert log.with_suffix(".log.1").read_bytes() == b"y" * 1001
