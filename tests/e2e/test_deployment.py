@@ -58,7 +58,7 @@ def last_round(lab: Lab, name: str, plan_hash: str) -> int:
 @pytest.fixture
 def temporary() -> Iterator[Path]:
     """For temporary folders of one demonstration alone; short, since sockets go into them."""
-    with tempfile.TemporaryDirectory(prefix="ad-", dir="/tmp") as folder:  # noqa: S108
+    with tempfile.TemporaryDirectory(prefix="ad-", dir="/tmp") as folder:
         yield Path(folder)
 
 
