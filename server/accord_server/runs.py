@@ -347,6 +347,8 @@ class Runs:
                 if active.stopping.wait(RETRY_S):
                     return ("stopped", "by the operator") if active.by_operator else ("", "")
             except AccordError as error:
+                if self._draining.is_set():  # its sites may be stopping too: the next start tries again
+                    return "", ""
                 log.error("the run aborted: %s", error, extra={"run": run})
                 return "aborted", f"{type(error).__name__}: {error}"
             except Exception as error:
