@@ -338,17 +338,15 @@ class Runs:
             try:
                 self._attempt(run, active)
             except Interrupted:
-                return ("stopped", "by the operator") if active.by_operator else ("", "")
+                break
             except (httpx.HTTPError, ConnectionError, Unreachable) as error:
-                if self._draining.is_set():
-                    return "", ""
                 log.warning("the SuperLink failed (%s): the run goes on soon", type(error).__name__, extra={"run": run})
                 self._set(run, "waiting", "for the SuperLink")
-                if active.stopping.wait(RETRY_S):
-                    return ("stopped", "by the operator") if active.by_operator else ("", "")
+                if self._draining.is_set() or active.stopping.wait(RETRY_S):
+                    break
             except AccordError as error:
                 if self._draining.is_set():  # its sites may be stopping too: the next start tries again
-                    return "", ""
+                    break
                 log.error("the run aborted: %s", error, extra={"run": run})
                 return "aborted", f"{type(error).__name__}: {error}"
             except Exception as error:
@@ -356,6 +354,7 @@ class Runs:
                 return "aborted", f"internal error: {type(error).__name__}"
             else:
                 return "finished", ""
+        return ("stopped", "by the operator") if active.by_operator else ("", "")
 
     def _attempt(self, run: str, active: _Active) -> None:
         """Drive a run from its last checkpoint to its end."""
