@@ -36,6 +36,7 @@ from accord_shared.errors import (
     ClockSkew,
     NotAdmitted,
     ProtocolError,
+    Refused,
     SessionLost,
     SitePaused,
     Unreachable,
@@ -101,6 +102,8 @@ class Agent:
         self._workplace = Workplace(self._folder, self._settings, name, self._keys.identity, self._rosters)
         self._gate = Gate(self._folder, self._enrolment.coordinator.fingerprint, self._settings.data)
         self._metrics = AgentMetrics()
+        self._unwanted: set[str] = set()
+        """Runs whose models were refused."""
         self.boot = new_boot()
         self.standing = Standing(paused=self._paused_file.exists())
         self.stopping = threading.Event()
@@ -220,7 +223,9 @@ class Agent:
             log.warning("roster %s is adopted by quorum", offered.signed.roster.hash)
 
     def _fetch(self, run: str) -> None:
-        """Have finished models at hand; one that cannot be had keeps nothing else up."""
+        """Have finished models at hand; one that cannot be had keeps nothing else up, and is not asked for again."""
+        if run in self._unwanted:
+            return
         try:
             if not (self._folder.model(run) / "model.json").exists():
                 fetched = self._client.fetch_model(run)
@@ -229,6 +234,8 @@ class Agent:
         except Unreachable:
             raise
         except AccordError as error:
+            if isinstance(error, Refused):  # not where the disk was full
+                self._unwanted.add(run)
             log.warning("the model of run %s is not taken: %s", run, error)
 
     # --- work
@@ -360,7 +367,8 @@ class Agent:
         standing = self.standing
         state, detail = self._obstacle()
         if not state:
-            state = "paused" if standing.paused else "training" if standing.training else "ready"
+            busy = "training" if standing.training else "connecting" if standing.flower else "ready"
+            state = "paused" if standing.paused else busy
             detail = standing.flower or standing.unreachable or standing.last_refusal
         if not self._rosters.hash and state == "ready":
             state, detail = "waiting", "no roster is accepted yet: `accord site roster accept HASH`"

@@ -52,6 +52,8 @@ _CODES: dict[type[AccordError], grpc.StatusCode] = {
     errors.BadInput: grpc.StatusCode.INVALID_ARGUMENT,
     errors.Aborted: grpc.StatusCode.ABORTED,
 }
+_OF_THIS_MACHINE = (errors.IdentityError, errors.OutputError, errors.SettingsError, errors.CheckpointError)
+"""Their lines name files."""
 T = TypeVar("T")
 Add = Callable[[grpc.Server], object]
 """Adds servicers to a server."""
@@ -65,8 +67,12 @@ def _code(error: AccordError) -> grpc.StatusCode:
 
 
 def _abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
-    """End a call by an error: a typed one goes over with its line, any other is a bug and stays in the log."""
-    if isinstance(error, AccordError):
+    """End a call by an error: a typed one goes over with its line, any other is a bug and stays in the log.
+
+    So does one of this machine's files, unless it is the operator who calls, over a local socket.
+    """
+    local = str(context.peer()).startswith("unix:")
+    if isinstance(error, AccordError) and (local or not isinstance(error, _OF_THIS_MACHINE)):
         context.abort(_code(error), f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000])
     log.exception("a call failed")
     context.abort(grpc.StatusCode.INTERNAL, "internal error")
