@@ -92,6 +92,7 @@ def test_the_demonstration_survives_its_crash_and_leaves_nothing(temporary: Path
     hold_nothing_is_left(temporary)
 
 
+@pytest.mark.slow
 def test_an_interrupted_demonstration_leaves_nothing(temporary: Path) -> None:
     process = start_demo(temporary)
     assert process.stderr is not None
@@ -188,6 +189,7 @@ def test_a_wrong_clock_is_named_and_recovers_by_itself(lab: Lab) -> None:
         lab.hold_ledgers(run, plan)
 
 
+@pytest.mark.slow
 def test_a_slow_site_is_waited_for(lab: Lab) -> None:
     deployment, name = lab.deployment, "bank-02"
     run, plan = lab.start_run(rounds=5)
@@ -227,6 +229,7 @@ def test_sites_leave_and_join_between_rounds(lab: Lab) -> None:
 # --- the coordinator
 
 
+@pytest.mark.slow
 def test_the_coordinator_is_restarted_while_nothing_runs(lab: Lab) -> None:
     deployment = lab.deployment
     assert deployment.coordinator.stop() == 0
@@ -252,6 +255,7 @@ def test_sigterm_lets_the_round_come_to_its_end_and_leaves_no_orphans(lab: Lab) 
         assert lab.released(name, plan) == [number for number, sites in survivors.items() if name in sites]
 
 
+@pytest.mark.slow
 def test_the_superlink_does_not_outlive_a_killed_coordinator(lab: Lab) -> None:
     deployment = lab.deployment
     run, plan = lab.start_run(rounds=6)
