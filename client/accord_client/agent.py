@@ -99,8 +99,10 @@ class Agent:
         self._client = CoordinatorClient(self._folder, self._keys)
         name, federation = self._enrolment.name, self._enrolment.federation
         self._rosters = RosterBook(self._folder, self._keys.identity, name, federation)
-        self._workplace = Workplace(self._folder, self._settings, name, self._keys.identity, self._rosters)
         self._gate = Gate(self._folder, self._enrolment.coordinator.fingerprint, self._settings.data)
+        self._workplace = Workplace(
+            self._folder, self._settings, name, self._keys.identity, self._rosters, lambda: self._gate.policy
+        )
         self._metrics = AgentMetrics()
         self._unwanted: set[str] = set()
         """Runs whose models were refused."""

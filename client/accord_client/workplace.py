@@ -11,7 +11,7 @@ from accord_client.connectors import DataSpec, load
 from accord_client.data import Examples
 from accord_client.features import FeatureCache
 from accord_client.members import LocalMembers
-from accord_client.models import digest, locate
+from accord_client.models import verified
 from accord_client.policy import Policy
 from accord_client.rosters import RosterBook
 from accord_client.settings import SiteFolder, SiteSettings
@@ -19,7 +19,6 @@ from accord_client.site import Site
 from accord_client.store import SiteStore
 from accord_client.trainer import Runtime
 from accord_client.workspace import Workspace
-from accord_shared.errors import ModelError
 from accord_shared.identity import Identity
 from accord_shared.plan import Plan
 from accord_shared.service.pb import accord_pb2 as pb
@@ -35,9 +34,15 @@ class Workplace:
     """The `Site` of a folder. It is made anew when its policy or its roster changes; the ledger is the same."""
 
     def __init__(
-        self, folder: SiteFolder, settings: SiteSettings, name: str, identity: Identity, rosters: RosterBook
+        self,
+        folder: SiteFolder,
+        settings: SiteSettings,
+        name: str,
+        identity: Identity,
+        rosters: RosterBook,
+        policy_of: Callable[[], Policy],
     ) -> None:
-        self._folder, self._settings, self._name = folder, settings, name
+        self._folder, self._settings, self._name, self._policy_of = folder, settings, name, policy_of
         self._identity, self._rosters = identity, rosters
         self._runtime: Runtime | None = None
         self._workspaces: OrderedDict[str, Workspace] = OrderedDict()
@@ -53,7 +58,7 @@ class Workplace:
             SettingsError: a data set of the policy is not in the settings, or there is no such device.
             PrivacyError: the ledger is damaged.
         """
-        policy = Policy.read(self._folder.policy)
+        policy = self._policy_of()
         if policy.dataset is not None:
             policy.spec(self._settings.data)
         self._store(policy).ledger.verify()
@@ -62,7 +67,7 @@ class Workplace:
     @property
     def site(self) -> Site:
         """The site under the present policy and roster."""
-        wanted = Policy.read(self._folder.policy), self._rosters.hash
+        wanted = self._policy_of(), self._rosters.hash
         if self._site is None or self._site[0] != wanted:
             self._site = wanted, self._made(wanted[0])
         return self._site[1]
@@ -86,21 +91,12 @@ class Workplace:
         return self._stored[1]
 
     def _workspace(self, plan: Plan) -> Workspace:
-        runtime = self._runtime or self._settings.device.runtime()
-        return _kept(
-            self._workspaces, plan.hash, lambda: Workspace(self._found(plan), FeatureCache(self._folder.cache), runtime)
-        )
+        return _kept(self._workspaces, plan.hash, lambda: self._opened(plan))
 
-    def _found(self, plan: Plan) -> Plan:
-        """The plan, if its model is on this machine; a plan's `path:` names no folder that the digest does not fit.
-
-        Raises:
-            ModelError: it is not there, or another one.
-        """
-        wanted = plan.model.digest
-        if wanted is not None and digest(locate(plan.model.source)) != wanted:
-            raise ModelError(f"the model at {plan.model.source} is not the one that the plan names")
-        return plan
+    def _opened(self, plan: Plan) -> Workspace:
+        """The model is compared with the plan's digest here: with all embeddings cached nobody else would load it."""
+        verified(plan.model)
+        return Workspace(plan, FeatureCache(self._folder.cache), self._runtime or self._settings.device.runtime())
 
     def _records(self, plan: Plan, policy: Policy) -> Examples:
         spec, dataset = policy.spec(self._settings.data), str(policy.dataset)
@@ -120,11 +116,11 @@ class Workplace:
 
     def end(self, plan_hash: str) -> None:
         """A plan's run has ended: what is reserved for a step that will never be released is free again."""
-        self._store(Policy.read(self._folder.policy)).ledger.void(plan_hash)
+        self._store(self._policy_of()).ledger.void(plan_hash)
 
     def runs(self) -> list[pb.SiteRun]:
         """What was released under each plan, from the ledger, and its newest run that this process heard of."""
-        balance = self._store(Policy.read(self._folder.policy)).ledger.verify()
+        balance = self._store(self._policy_of()).ledger.verify()
         plans = {plan for dataset in balance.datasets() for plan in balance.by_plan(dataset)}
         return [
             pb.SiteRun(

@@ -326,7 +326,10 @@ def _version() -> RuntimeVersionHttpInterceptor:
 
 
 def _client(kind: type[C], socket: Path, *interceptors: Any) -> C:
-    client = kind("http://superlink", interceptors=interceptors, retry_invoker=None)
+    client = kind(
+        "http://superlink", interceptors=interceptors, verify=False
+    )  # no TLS on a Unix socket: no authorities
+    client._client.close()
     client._client = httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), timeout=30.0)
     return client
 
