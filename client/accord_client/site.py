@@ -17,6 +17,7 @@ from accord_client.store import Releases, SiteStore
 from accord_client.trainer import Batches, Runtime, clipped_gradient, clipped_update, train
 from accord_client.workspace import Workspace
 from accord_shared import PROTOCOL_VERSION
+from accord_shared.canonical import decimal_string
 from accord_shared.dp.accounting import noise_multiplier, round_event, run_epsilon
 from accord_shared.dp.events import Event
 from accord_shared.dp.noise import SecureGenerator
@@ -143,11 +144,21 @@ class Site:
         shares = None
         if plan.shared_noise:
             shares = self._terms(plan, enquiry.run_id).noise
+        self._check_noise(enquiry, plan)
         event = self._checked_event(plan, shares)
         self._store.check_plan(plan.hash, event, plan.releases, dataset=self._dataset)
         credential, bundle, receipt = self._join_secured(enquiry, plan)
         self._store.keep_plan(plan.hash, plan.to_json())
         return Joined(self.name, PROTOCOL_VERSION, plan.hash, credential, bundle, receipt)
+
+    def _check_noise(self, enquiry: Enquiry, plan: Plan) -> None:
+        """Whoever calibrated another σ would derive other masks in every round, and nobody would know why."""
+        own = decimal_string(self._noise_multiplier_of(plan))
+        if enquiry.noise_multiplier not in ("", own):
+            raise PlanError(
+                f"the coordinator's noise multiplier is {enquiry.noise_multiplier[:32]!r}, this site calibrated {own}: "
+                "let the plan name it (privacy.noise_multiplier)"
+            )
 
     def _check_ledger(self, data: bytes) -> None:
         """A witness shows this site's own receipt: an old copy of the ledger is refused, and the receipt kept."""

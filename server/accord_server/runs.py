@@ -32,6 +32,7 @@ from accord_server.settings import CoordinatorFolder, CoordinatorSettings
 from accord_server.sites import Sites
 from accord_server.witness import Witness
 from accord_shared import PROTOCOL_VERSION
+from accord_shared.canonical import decimal_string
 from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.errors import AccordError, BadInput, Interrupted, PlanError, RosterError, Unreachable
 from accord_shared.files import make_folder, write_atomic
@@ -374,7 +375,15 @@ class Runs:
             observer=lambda report, weights: self._observe(run, report),
         )
         roster_hash = roster.hash if roster is not None else ""
-        enquiry = Enquiry(PROTOCOL_VERSION, run, row.plan, row.plan_hash, roster_hash, plan_signature=row.signature)
+        enquiry = Enquiry(
+            PROTOCOL_VERSION,
+            run,
+            row.plan,
+            row.plan_hash,
+            roster_hash,
+            plan_signature=row.signature,
+            noise_multiplier=decimal_string(noise_multiplier(plan)),
+        )
         rounds = self._settings.rounds
         timing = Timing(rounds.trip_timeout_s, rounds.join_timeout_s, grace_s=GRACE_S, ask_again_s=ASK_AGAIN_S)
         self._set(run, "waiting", f"for {plan.cohort.minimum} sites")

@@ -160,7 +160,7 @@ def _thresholds(roster: RosterDraft) -> dict[str, Any]:
     if n > COMPLETE_MAX:
         return {"thresholds": f"of the sparse graph, from the plan: more than {COMPLETE_MAX} members"}
     try:
-        found = thresholds(n, roster.minimum, roster.colluders, "malicious")
+        found = thresholds(n, roster.minimum, roster.colluders, "malicious", own_noise=True)
         return {"t_sign": found.sign, "t_share": found.share}
     except PlanError as error:
         return {"thresholds": f"a cohort of all members is refused: {error}"}

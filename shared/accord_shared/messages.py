@@ -34,6 +34,8 @@ class Enquiry:
     """To a site whose ledger went back: the newest receipt that the coordinator has of it."""
     plan_signature: str = ""
     """JSON of the plan's `PlanSignature`; empty where sites ask for none."""
+    noise_multiplier: str = ""
+    """The coordinator's σ as its shortest decimal, for a site to compare with its own; empty where it is not told."""
 
 
 @dataclass(frozen=True)

@@ -166,11 +166,15 @@ class PrivacySpec(Table):
     epsilon: Positive | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     accountant: Literal["pld", "prv", "rdp"] = "pld"
+    noise_multiplier: Annotated[float, Field(ge=0.2, le=1e6)] | None = None
+    """σ (None: calibrated). For parties whose accountants differ in its last digit; each checks what it costs."""
 
     @model_validator(mode="after")
     def _epsilon_fits_noise(self) -> Self:
         if self.noise == "none" and self.epsilon is not None:
             raise ValueError('privacy.epsilon contradicts privacy.noise = "none"')
+        if self.noise == "none" and self.noise_multiplier is not None:
+            raise ValueError('privacy.noise_multiplier contradicts privacy.noise = "none"')
         if self.noise != "none" and self.epsilon is None:
             raise ValueError(f'privacy.epsilon is missing: privacy.noise = "{self.noise}" needs it')
         return self
@@ -282,12 +286,11 @@ class Plan(Table):
         mode, cohort = self.secure_aggregation.mode, self.cohort
         if mode == "off":
             return
-        if cohort.size == 2 and self.privacy.noise != "site":
-            raise ValueError('cohort.size = 2 needs privacy.noise = "site": each site can subtract its own part')
         if cohort.size > COMPLETE_MAX:
             sparse_thresholds(cohort.size, cohort.minimum, cohort.colluders)
         else:
-            thresholds(cohort.size, cohort.minimum, cohort.colluders, mode)
+            own_noise = self.privacy.noise == "site"
+            thresholds(cohort.size, cohort.minimum, cohort.colluders, mode, own_noise=own_noise)
 
     @property
     def extra_coordinates(self) -> int:

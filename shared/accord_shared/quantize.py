@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from accord_shared.dp.discrete import FRACTION_BITS, SEED_BYTES, round_to_intege
 from accord_shared.dp.noise import SecureGenerator
 from accord_shared.dp.sharing import NoiseShares
 from accord_shared.errors import PlanError, ProtocolError
-from accord_shared.plan import LocalSpec, Plan
+from accord_shared.exact import LN_2, exact, fifty_digits, rounded_up, written
+from accord_shared.plan import Plan
 from accord_shared.secagg.masking import Words, reduce_words, word_type
 from accord_shared.vectors import Array, check_finite
 
@@ -35,17 +37,17 @@ _NARROW = 47
 _EXPONENTS = (-1000, 900)
 """Exponents of the scale that keep products with it away from the ends of the double range."""
 
-_PLAIN_GRADIENT = 8.0
+_PLAIN_GRADIENT = 8
 """Bound on a coordinate of a mean gradient that nothing clips. A head on features of norm 1 has at most |p - y|·|x| ≤ 1
 times sampled records / expected records; coordinates of other layers are far smaller."""
-_SIGNAL_MARGIN = 2.0
+_SIGNAL_MARGIN = 2
 """A clipped mean has (sampled units / expected records) · C in one coordinate only if all units agree on it alone."""
-_ROUNDING_MARGIN = 1.0 + 2.0**-8
-"""Single-precision arithmetic of the local steps."""
-_LN_2 = 0.6931471805599453
+_ROUNDING_MARGIN = Decimal("1.00390625")
+"""1 + 2^-8: single-precision arithmetic of the local steps."""
 _DIMENSION = 10**9
 _TAIL_BITS = 40
-_BETA_1, _BETA_2 = 0.9, 0.999
+_BETA_1, _BETA_2 = Decimal("0.9"), Decimal("0.999")
+_BOUND_DIGITS = 3
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Encoding:
     @cached_property
     def _parts(self) -> tuple[int, int]:
         """(m, e) of the scale m·2^e, 2^15 ≤ m < 2^16, in integer arithmetic: the same on every machine."""
-        top, bottom = (self._room / (self.sites * Fraction(self.bound))).as_integer_ratio()
+        top, bottom = (self._room / (self.sites * exact(self.bound))).as_integer_ratio()
         exponent = top.bit_length() - bottom.bit_length() - 16
         mantissa = (top << max(0, -exponent)) // (bottom << max(0, exponent))
         if mantissa >= 1 << 16:
@@ -95,7 +97,7 @@ class Encoding:
     def _largest(self) -> Fraction:
         """A·s exactly."""
         mantissa, exponent = self._parts
-        return Fraction(self.bound) * mantissa * Fraction(2) ** exponent
+        return exact(self.bound) * mantissa * Fraction(2) ** exponent
 
     @property
     def reach(self) -> int:
@@ -361,7 +363,8 @@ def default_bound(plan: Plan, noise_multiplier: float) -> float:
       sites and all rounds; q·E is the divisor of the trainer. Without C the constant `_PLAIN_GRADIENT` is in C's place.
     - Adam: Σ_j of the largest step there is, whatever gradients and noise are (`_adam_steps`).
 
-    Only +, -, ·, / and square roots are used, which IEEE 754 rounds alike everywhere, since sites must agree on A.
+    Computed with 50 decimal digits from the decimals of the plan, operation by operation as here, and rounded up to
+    three digits: sites must agree on A to the byte (PROTOCOL.md, section 11).
 
     Raises:
         PlanError: `noise_multiplier` is negative, or the bound is not finite.
@@ -369,51 +372,55 @@ def default_bound(plan: Plan, noise_multiplier: float) -> float:
     if not (noise_multiplier >= 0.0 and math.isfinite(noise_multiplier)):
         raise PlanError(f"noise multiplier {noise_multiplier} is not a finite number ≥ 0")
     local = plan.local
-    unit = _adam_steps(local.steps_per_round) if local.optimizer == "adam" else _sgd_steps(plan, noise_multiplier)
-    bound = local.learning_rate * unit * _ROUNDING_MARGIN
+    with fifty_digits():
+        unit = _adam_steps(local.steps_per_round) if local.optimizer == "adam" else _sgd_steps(plan, noise_multiplier)
+        bound = rounded_up(written(local.learning_rate) * unit * _ROUNDING_MARGIN, _BOUND_DIGITS)
     if not math.isfinite(bound):
         raise PlanError("the plan's learning rate and clip norm leave no finite bound on an update")
     return bound
 
 
-def _sgd_steps(plan: Plan, noise_multiplier: float) -> float:
+def _sgd_steps(plan: Plan, noise_multiplier: float) -> Decimal:
     """Bound on the sum of SGD's steps at learning rate 1."""
     local = plan.local
-    total, squares = _momentum_weights(local)
+    total, squares = _momentum_weights(local.momentum, local.steps_per_round)
     if local.clip_norm is None:
         return _PLAIN_GRADIENT * total
-    deviation = noise_multiplier * local.clip_norm / local.expected_batch
-    return _SIGNAL_MARGIN * local.clip_norm * total + _deviations(plan) * deviation * math.sqrt(squares)
+    clip = written(local.clip_norm)
+    deviation = written(noise_multiplier) * clip / (written(local.sampling_rate) * local.expected_records)
+    return _SIGNAL_MARGIN * clip * total + _deviations(plan) * deviation * squares.sqrt()
 
 
-def _momentum_weights(local: LocalSpec) -> tuple[float, float]:
+@lru_cache(maxsize=64)
+def _momentum_weights(momentum: float, steps: int) -> tuple[Decimal, Decimal]:
     """(Σ w_j, Σ w_j²) over the steps of a round, the last step's weight 1 first."""
-    weight = total = squares = 0.0
-    for _ in range(local.steps_per_round):
-        weight = 1.0 + local.momentum * weight
+    factor, weight, total, squares = written(momentum), Decimal(0), Decimal(0), Decimal(0)
+    for _ in range(steps):
+        weight = factor * weight + 1
         total += weight
         squares += weight * weight
     return total, squares
 
 
-def _deviations(plan: Plan) -> float:
+def _deviations(plan: Plan) -> Decimal:
     """z with 2·exp(-z²/2) · coordinates · sites · rounds ≤ 2^-40 (Chernoff); the logarithm is a count of bits."""
     values = _DIMENSION * plan.cohort.size * plan.run.rounds
-    return math.sqrt(2.0 * _LN_2 * (1 + _TAIL_BITS + values.bit_length()))
+    return (2 * LN_2 * (1 + _TAIL_BITS + values.bit_length())).sqrt()
 
 
-def _adam_steps(steps: int) -> float:
+@lru_cache(maxsize=64)
+def _adam_steps(steps: int) -> Decimal:
     """Bound on the sum of Adam's steps at learning rate 1, with the β that torch has by default.
 
     Kingma and Ba (2015, section 2.1) bound a step by (1-β1)/√(1-β2) for a lone gradient. For any gradients Cauchy and
     Schwarz give |m_t| ≤ (1-β1)/√(1-β2) · √(Σ_{k<t} (β1²/β2)^k) · √v_t, times the corrections √(1-β2^t)/(1-β1^t): 1 at
     the first step, towards 7.27.
     """
-    total = series = 0.0
-    power_1 = power_2 = 1.0
+    total, series, ratio = Decimal(0), Decimal(0), _BETA_1 * _BETA_1 / _BETA_2
+    power_1, power_2 = Decimal(1), Decimal(1)
     for _ in range(steps):
         power_1 *= _BETA_1
         power_2 *= _BETA_2
-        series = 1.0 + _BETA_1 * _BETA_1 / _BETA_2 * series
-        total += (1.0 - _BETA_1) / (1.0 - power_1) * math.sqrt((1.0 - power_2) / (1.0 - _BETA_2) * series)
+        series = ratio * series + 1
+        total += (1 - _BETA_1) / (1 - power_1) * ((1 - power_2) / (1 - _BETA_2) * series).sqrt()
     return total

@@ -190,7 +190,8 @@ def _require_survivors(resolved: Resolved) -> None:
     left = size - round(faults.dropout * size)
     needed = plan.cohort.minimum
     if mode != "off" and faults.dropout_at == "any" and size <= COMPLETE_MAX:
-        needed = thresholds(size, plan.cohort.minimum, plan.cohort.colluders, mode).share
+        own = plan.privacy.noise == "site"
+        needed = thresholds(size, plan.cohort.minimum, plan.cohort.colluders, mode, own_noise=own).share
     if left < needed:
         raise PlanError(f"{left} of {size} participants are left in a round, which needs {needed}: less faults.dropout")
 

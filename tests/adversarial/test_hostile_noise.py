@@ -40,6 +40,7 @@ from accord_shared.dp.events import SampledGaussian, SharedGaussian, event_from_
 from accord_shared.dp.noise import SecureGenerator
 from accord_shared.dp.sharing import NoiseShares, sensitivity
 from accord_shared.errors import AccordError, LimitReached, PlanError, ProtocolError, UnknownMechanism
+from accord_shared.exact import exact
 from accord_shared.messages import MaskedUpload, MaskRequest, NeighbourRequest, Opened, OpenRequest, Refusal
 from accord_shared.plan import Plan, apply_changes, make_plan
 from accord_shared.quantize import _signed, decode, encode
@@ -202,7 +203,7 @@ def test_participant_noise_is_never_amplified() -> None:
 
 def require_promise(shares: NoiseShares) -> None:
     """Any number of survivors, with the most colluders, hides behind z·Δ and what the continuous Gaussian lacks."""
-    promised = Fraction(shares.multiplier) ** 2 * Fraction(shares.delta_steps) ** 2 + 4
+    promised = exact(shares.multiplier) ** 2 * exact(shares.delta_steps) ** 2 + 4
     for survivors in range(shares.minimum, shares.sites + 1):
         kept = ROUNDING_VARIANCE + shares.base + sum(shares.components[index] for index in shares.kept(survivors))
         assert kept * (survivors - shares.colluders) >= promised

@@ -49,7 +49,7 @@ ENOUGH = Removal(Member, "_check_survivors", "if len(survivors) < least:", "if F
 OWN_INDEX = Removal(Member, "_check_survivors", "if current.own not in survivors:", "if False:")
 PAST = Removal(Member, "_check_run_names", "if (request.round, request.attempt) <= self._last:", "if False:")
 OPENED = Removal(Member, "_check_run_names", "if request.round <= self._opened_round:", "if False:")
-PAIR_OF_TWO = Removal(Member, "_check_cohort", "if count == 2 and not self._terms.own_noise:", "if False:")
+PAIR_OF_TWO = Removal(keys, "thresholds", "if small and not own_noise:", "if False:")
 COHORT_SIZE = Removal(Member, "_check_cohort", "if count > self._terms.size:", "if False:")
 BUNDLE_SIGNED = Removal(
     Bundle, "read", "verify(member, bundle.signed_bytes(terms, member.name), data[-ED25519_SIGNATURE:])", "pass"
@@ -489,7 +489,8 @@ ATTACKS = [
     ),
     Attack(
         alone_among_the_corrupt,
-        says="R3: of a sum of two",
+        kind=PlanError,
+        says="a sum of 2 sites",
         removed=(PAIR_OF_TWO,),
         setting=Setting(minimum=2, colluders=0),
     ),

@@ -81,10 +81,10 @@ def test_no_encoding_can_wrap(bits: int, sites: int, bound: float) -> None:
     except PlanError:
         return
     mantissa, exponent = encoding._parts
-    exact = Fraction((1 << (bits - 1)) - 1 - sites) / (sites * Fraction(bound))
+    exact = Fraction((1 << (bits - 1)) - 1 - sites) / (sites * Fraction(str(bound)))
     assert mantissa * Fraction(2) ** exponent <= exact < (mantissa + 1) * Fraction(2) ** exponent
-    assert encoding.limit == sites * (math.floor(Fraction(bound) * Fraction(encoding.scale)) + 1) < 1 << (bits - 1)
-    assert Fraction(encoding.clamp) <= Fraction(bound) * Fraction(encoding.scale) < encoding.reach
+    assert encoding.limit == sites * (math.floor(Fraction(str(bound)) * Fraction(encoding.scale)) + 1) < 1 << (bits - 1)
+    assert Fraction(encoding.clamp) <= Fraction(str(bound)) * Fraction(encoding.scale) < encoding.reach
 
 
 @given(encodings, st.lists(st.floats(-1.5, 1.5), min_size=1, max_size=9), st.data(), st.booleans())

@@ -13,8 +13,20 @@ import torch
 
 from accord_shared.dp.noise import SecureGenerator
 from accord_shared.errors import NonFinite, PlanError, ProtocolError
+from accord_shared.exact import fifty_digits
 from accord_shared.plan import Plan, make_plan
-from accord_shared.quantize import Encoding, add_packed, decode, default_bound, encode, pack, packed_bytes, unpack
+from accord_shared.quantize import (
+    Encoding,
+    _adam_steps,
+    _sgd_steps,
+    add_packed,
+    decode,
+    default_bound,
+    encode,
+    pack,
+    packed_bytes,
+    unpack,
+)
 
 KEY = bytes(range(32))
 MANY = 200_000
@@ -52,7 +64,7 @@ def test_scales_are_the_same_everywhere(encoding: Encoding, scale: float, limit:
 @pytest.mark.parametrize("bound", [1.0, 0.1, 7.5, 1e-30, 1e30])
 def test_scales_are_the_largest_of_sixteen_bits(bits: int, sites: int, bound: float) -> None:
     encoding = Encoding(bits, sites, bound)
-    exact = Fraction((1 << (bits - 1)) - 1 - sites) / (sites * Fraction(bound))
+    exact = Fraction((1 << (bits - 1)) - 1 - sites) / (sites * Fraction(str(bound)))
     mantissa, exponent = encoding._parts
     assert 2**15 <= mantissa < 2**16
     assert Fraction(encoding.scale) == mantissa * Fraction(2) ** exponent
@@ -373,11 +385,12 @@ def test_bound_follows_the_steps_of_sgd(steps: int, momentum: float) -> None:
     clip = plan.local.clip_norm or 0.0
     signal = default_bound(plan, 0.0)
     furthest = sgd_moves(torch.full((steps, 1), clip, dtype=torch.float64), 0.25, momentum)
-    assert abs(float(furthest[0])) * 2 * ROUNDING == pytest.approx(signal)
+    assert signal * 0.99 < abs(float(furthest[0])) * 2 * ROUNDING <= signal * (1 + 1e-9)
 
     noise = torch.from_numpy(generator().gaussian(steps * 20_000, 1.5 * clip / 8)).reshape(steps, -1)
     spread = float(sgd_moves(noise, 0.25, momentum).std())
-    deviations = (default_bound(plan, 1.5) - signal) / ROUNDING / spread
+    with fifty_digits():
+        deviations = float(_sgd_steps(plan, 1.5) - _sgd_steps(plan, 0.0)) * 0.25 / spread
     assert 10.0 < deviations < 12.0
     values = 10**9 * plan.cohort.size * plan.run.rounds
     assert math.log2(2 * values) - (0.97 * deviations) ** 2 / 2 / math.log(2) < -35  # 3 % for the measured spread
@@ -386,16 +399,12 @@ def test_bound_follows_the_steps_of_sgd(steps: int, momentum: float) -> None:
 def test_bound_of_adam_holds_and_is_nearly_reached() -> None:
     steps, rate = 60, 0.01
     bound = default_bound(plan_with({"local.optimizer": "adam", "local.learning_rate": rate}), 1.0)
-    assert bound == pytest.approx(rate * ROUNDING)
+    assert bound == 0.0101  # rate · ROUNDING = 0.0100390625, up to three digits
     worst = torch.tensor([[(0.999 / 0.9) ** t, 1.0, float(t == steps - 1)] for t in range(steps)], dtype=torch.float64)
     wild = torch.from_numpy(np.random.default_rng(1).standard_cauchy((steps, 500)))
     gradients = torch.cat([worst, wild], dim=1)
-    limits = [
-        default_bound(
-            plan_with({"local.optimizer": "adam", "local.learning_rate": rate, "local.steps_per_round": k}), 0
-        )
-        for k in range(1, steps + 1)
-    ]
+    with fifty_digits():
+        limits = [float(_adam_steps(k)) * rate * ROUNDING for k in range(1, steps + 1)]
     weights = torch.nn.Parameter(torch.zeros(gradients.shape[1], dtype=torch.float64))
     optimizer = torch.optim.Adam([weights], lr=rate)
     before, last = 0.0, 0.0
@@ -411,18 +420,19 @@ def test_bound_of_adam_holds_and_is_nearly_reached() -> None:
 
 def test_bound_without_clipping_covers_a_head_on_unit_features() -> None:
     plain = {"privacy.noise": "none", "privacy.epsilon": None, "local.clip_norm": None, "local.learning_rate": 0.5}
-    assert default_bound(plan_with(plain), 0.0) == pytest.approx(0.5 * 8 * ROUNDING)
+    assert default_bound(plan_with(plain), 0.0) == 4.02  # 0.5 · 8 · ROUNDING = 4.015625
     clipped = default_bound(plan_with({**plain, "local.clip_norm": 0.3}), 0.0)
-    assert clipped == pytest.approx(0.5 * 0.6 * ROUNDING)
+    assert clipped == 0.302  # 0.5 · 0.6 · ROUNDING = 0.301171875
 
 
 def test_bounds_are_the_same_on_every_machine() -> None:
-    assert default_bound(plan_with({}), 1.0) == 0.7942781370654667
+    assert default_bound(plan_with({}), 1.0) == 0.795
     steps = {"local.steps_per_round": 10, "local.momentum": 0.9}
-    assert default_bound(plan_with(steps), 1.0) == 27.65424475471249
-    assert (
-        default_bound(plan_with({"local.optimizer": "adam", "local.steps_per_round": 1000}), 0.0) == 4245.026789257718
-    )
+    assert default_bound(plan_with(steps), 1.0) == 27.7
+    assert default_bound(plan_with({"local.optimizer": "adam", "local.steps_per_round": 1000}), 0.0) == 4250.0
+    # a bound that is a number of three digits stays what it is: nothing is rounded twice
+    plain = {"privacy.noise": "none", "privacy.epsilon": None, "local.clip_norm": None}
+    assert default_bound(plan_with({**plain, "local.learning_rate": 0.32}), 0.0) == 2.57
 
 
 @pytest.mark.parametrize("sigma", [-1.0, math.nan, math.inf])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from accord_client.site import Site
 from accord_server.rounds import Coordinator
 from accord_server.secagg import SecureAggregation
 from accord_shared import PROTOCOL_VERSION
+from accord_shared.canonical import decimal_string
+from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.messages import (
     Enquiry,
     Joined,
@@ -321,6 +324,15 @@ def test_the_least_is_malicious_where_nobody_says_otherwise(tmp_path: Path) -> N
 
 def test_a_site_without_members_joins_no_secure_run(lab: SecureLab) -> None:
     refused(joining(lab, members=None), "PlanError", "no identity and roster")
+
+
+def test_another_noise_multiplier_is_told_before_the_first_round(lab: SecureLab) -> None:
+    """Parties that calibrate differently derive other masks: every upload failed, and nobody said why."""
+    site, enquiry = lab.sites[lab.names[0]], lab.enquiry
+    own = decimal_string(noise_multiplier(lab.plan))
+    assert isinstance(site.handle(replace(enquiry, noise_multiplier=own)), Joined)
+    other = replace(enquiry, noise_multiplier=own + "1")
+    refused(site.handle(other), "PlanError", f"is '{own}1', this site calibrated {own}: let the plan name it")
 
 
 def test_a_run_is_not_joined_on_other_terms(lab: SecureLab) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from accord_shared.errors import PlanError
 from accord_shared.secagg.thresholds import COMPLETE_MAX, Mode, Thresholds, least_minimum, thresholds
+from conftest import plan_of
 
 MODES: tuple[Mode, ...] = ("malicious", "semi_honest")
 
@@ -32,9 +33,37 @@ MODES: tuple[Mode, ...] = ("malicious", "semi_honest")
 def test_table(n: int, minimum: int, colluders: int, mode: Mode, sign: int, share: int) -> None:
     if share > minimum:
         with pytest.raises(PlanError, match=f"need {share} answers"):
-            thresholds(n, minimum, colluders, mode)
+            thresholds(n, minimum, colluders, mode, own_noise=True)
     else:
-        assert thresholds(n, minimum, colluders, mode) == Thresholds(n, sign, share, None)
+        assert thresholds(n, minimum, colluders, mode, own_noise=True) == Thresholds(n, sign, share, None)
+
+
+@pytest.mark.parametrize(
+    ("n", "colluders"), [(n, c) for n in (2, 3, 4) for c in range(n) if n < max(c, 1) + 2], ids=str
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_no_sum_tells_colluders_or_a_site_a_single_update(n: int, colluders: int, mode: Mode) -> None:
+    """n = 3 with c = 2 was accepted: the two subtract what they sent from the sum. Fine where each has full noise."""
+    with pytest.raises(PlanError, match=r'needs privacy\.noise = "site".*learns a single update'):
+        thresholds(n, n, colluders, mode)
+    assert thresholds(n, n, colluders, mode, own_noise=True).share == n
+
+
+@given(n=st.integers(2, COMPLETE_MAX), colluders=st.integers(0, COMPLETE_MAX), mode=st.sampled_from(MODES))
+def test_every_accepted_sum_leaves_two(n: int, colluders: int, mode: Mode) -> None:
+    try:
+        least = least_minimum(n, colluders, mode)
+    except PlanError:
+        return
+    assert least >= max(colluders, 1) + 2
+
+
+def test_a_plan_whose_sum_tells_a_single_update_is_refused() -> None:
+    cohort = {"cohort.size": 3, "cohort.minimum": 3, "cohort.colluders": 2}
+    secure = {"secure_aggregation.mode": "malicious", **cohort}
+    with pytest.raises(PlanError, match="learns a single update"):
+        plan_of({"privacy.noise": "none", "privacy.epsilon": None, **secure})
+    assert plan_of({"privacy.noise": "site", **secure}).cohort.colluders == 2
 
 
 @pytest.mark.parametrize(
@@ -63,13 +92,13 @@ def valid(draw: st.DrawFn) -> tuple[int, int, int, Mode]:
     mode = draw(st.sampled_from(MODES))
     n = draw(st.integers(2, COMPLETE_MAX))
     colluders = draw(st.integers(0, n - 2))
-    return n, draw(st.integers(least_minimum(n, colluders, mode), n)), colluders, mode
+    return n, draw(st.integers(least_minimum(n, colluders, mode, own_noise=True), n)), colluders, mode
 
 
 @given(valid())
 def test_what_thresholds_are_for(numbers: tuple[int, int, int, Mode]) -> None:
     n, minimum, colluders, mode = numbers
-    rule = thresholds(n, minimum, colluders, mode)
+    rule = thresholds(n, minimum, colluders, mode, own_noise=True)
     assert 2 * rule.sign > n + colluders
     assert rule.share > n + colluders - minimum
     assert rule.share > colluders

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from accord_shared import errors
-from accord_shared.errors import AccordError, RoundAborted
+from accord_shared.errors import AccordError, ProtocolError, RoundAborted
 from accord_shared.messages import MaskRequest
+from accord_shared.receipts import Head
 from accord_shared.secagg import shamir
 from accord_shared.secagg.collector import Collector
+from accord_shared.secagg.keys import Bundle
 from accord_shared.secagg.member import Member
 from vectors.make_transcript import (
     BITS,
@@ -221,6 +223,21 @@ def test_a_refused_request_of_rules_4_and_5_burns_its_attempt() -> None:
         replay.site.accept(replace(replay.request, introductions=()), replay.request.model_hash)
     with pytest.raises(AccordError, match=r"^R2"):
         replay.site.accept(replay.request, replay.request.model_hash)
+
+
+def test_only_the_newest_two_generations_of_a_bundle_are_taken(replay: Replay) -> None:
+    """R4. A site whose ledger went on five times without an upload took its first bundle: an old head, an old key."""
+    bundles = [replay.site.bundle]
+    for number in range(1, 6):
+        replay.site.tell_ledger(Head(number, bytes(32)))
+        bundles.append(replay.site.bundle)
+    assert [Bundle.parse(bundle).generation for bundle in bundles] == [0, 1, 2, 3, 4, 5]
+    for attempt, generation in enumerate((0, 3), start=1):
+        request = replace(replay.request, attempt=attempt, bundles=(bundles[generation], *replay.request.bundles[1:]))
+        with pytest.raises(ProtocolError, match="R4: this is not a bundle"):
+            replay.site.accept(request, request.model_hash)
+    request = replace(replay.request, attempt=3, bundles=(bundles[4], *replay.request.bundles[1:]))
+    replay.site.accept(request, request.model_hash)
 
 
 def test_the_next_attempt_of_an_opened_round_is_refused(replay: Replay) -> None:

@@ -16,11 +16,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
 from typing import Any
 
 from accord_shared.dp.events import Event, SampledGaussian, SharedGaussian, merge
 from accord_shared.errors import MissingExtra, PlanError, UnknownMechanism
+from accord_shared.exact import written
 from accord_shared.plan import Plan
 
 MIN_SIGMA, MAX_SIGMA = 0.2, 1e6
@@ -192,7 +194,10 @@ _ACCOUNTANTS: dict[str, Callable[[tuple[SampledGaussian, ...], float], float]] =
 
 @lru_cache(maxsize=256)
 def calibrate(target: float, delta: float, sampling_rate: float, steps: int, accountant: str = "pld") -> float:
-    """The smallest noise multiplier (6 digits, rounded up) whose `steps` cost at most `target` ε.
+    """The least noise multiplier of four digits, at least `MIN_SIGMA`, whose `steps` cost at most `target` ε.
+
+    Four significant digits, not more: parties compute it themselves, and must agree on it to the byte (PROTOCOL.md,
+    section 11).
 
     Raises:
         PlanError: no sensible noise reaches the target: too small to train at all.
@@ -209,11 +214,11 @@ def calibrate(target: float, delta: float, sampling_rate: float, steps: int, acc
     near = MIN_SIGMA
     if accountant == "pld" and sampling_rate < 1.0:
         near = max(MIN_SIGMA, 0.98 * _root(coarse, target, MIN_SIGMA, 2.0))
-    return _root(exact, target, near, 1.02 if near > MIN_SIGMA else 2.0)
+    return _least(exact, target, _root(exact, target, near, 1.02 if near > MIN_SIGMA else 2.0))
 
 
 def _root(cost: Callable[[float], float], target: float, low: float, factor: float) -> float:
-    """The smallest σ (6 digits) with `cost` ≤ `target`, searched from `low` in steps of `factor`."""
+    """About the smallest σ with `cost` ≤ `target`, searched from `low` in steps of `factor`."""
     from scipy.optimize import brentq  # noqa: PLC0415
 
     while cost(low) <= target:
@@ -227,32 +232,46 @@ def _root(cost: Callable[[float], float], target: float, low: float, factor: flo
     def excess(log_sigma: float) -> float:
         return math.log(min(max(cost(math.exp(log_sigma)) / target, 1e-9), 1e9))  # ε falls to 0 where δ alone suffices
 
-    log_sigma = brentq(excess, math.log(low), math.log(high), xtol=1e-6)
-    sigma = _round_up(math.exp(log_sigma))
-    while cost(sigma) > target:  # the root is approximate: never keep its wrong side
-        sigma = _round_up(sigma * (1 + 1e-5))
-    return sigma
+    return math.exp(brentq(excess, math.log(low), math.log(high), xtol=1e-4))
 
 
-def _round_up(sigma: float) -> float:
-    """To 6 digits; the double nearest to that decimal."""
-    unit = 10.0 ** (math.floor(math.log10(sigma)) - 5)
-    return float(f"{math.ceil(sigma / unit) * unit:.6g}")
+_GRID = Context(prec=4, rounding=ROUND_CEILING)
+
+
+def _least(cost: Callable[[float], float], target: float, near: float) -> float:
+    """The least σ of four digits with `cost` ≤ `target`, from `near` it."""
+    sigma = max(_GRID.plus(Decimal(near)), written(MIN_SIGMA))
+    while cost(float(sigma)) > target:
+        sigma = _GRID.next_plus(sigma)
+    while sigma > written(MIN_SIGMA) and cost(float(below := _GRID.next_minus(sigma))) <= target:
+        sigma = below
+    return float(sigma)
 
 
 def noise_multiplier(plan: Plan) -> float:
-    """σ of the plan: 0 without privacy, else calibrated so that all releases of a site cost `privacy.epsilon`.
+    """σ of the plan: 0 without privacy, the plan's own if it names one, else calibrated.
+
+    All releases of a site cost at most `privacy.epsilon` at it.
 
     Raises:
-        PlanError: the target is unreachable.
+        PlanError: the target is unreachable, or the σ that the plan names costs more.
     """
     privacy = plan.privacy
     if privacy.epsilon is None:
         return 0.0
     try:
+        if privacy.noise_multiplier is not None:
+            return _named(plan, privacy.noise_multiplier, privacy.epsilon)
         return _calibrated(plan, privacy.epsilon)
     except UnknownMechanism as error:
         raise PlanError(str(error)) from error
+
+
+def _named(plan: Plan, sigma: float, target: float) -> float:
+    event = round_event(plan, sigma)
+    if event is None or run_epsilon(plan, event) > target:
+        raise PlanError(f"privacy.noise_multiplier = {sigma:g} would spend more than privacy.epsilon = {target:g}")
+    return sigma
 
 
 def _calibrated(plan: Plan, target: float) -> float:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
@@ -29,11 +30,10 @@ from accord_shared.dp.discrete import (
     FRACTION_BITS,
     LEAST_VARIANCE,
     ROUNDING_VARIANCE,
-    TOTAL_VARIATION,
     DiscreteGaussian,
-    smoothing_error,
 )
 from accord_shared.errors import PlanError
+from accord_shared.exact import LN_2, ceil_root, exact, fifty_digits, nearest, rounded_up, written
 from accord_shared.plan import Plan
 
 ARITHMETIC_MARGIN = 2.0**-16
@@ -43,10 +43,9 @@ VIRTUAL_VARIANCE = 4
 _COIN_FAILURE_BITS = 60
 WRAP_BITS = 40
 """A sum of a run wraps with probability 2^-40 at most."""
-_LN_2 = 0.6931471805599453
 _FIXED_BITS = 16
 """Bits of fraction below the grid of centres: the coin's."""
-_FINEST, _COARSEST, _ASKED = 1 / 1024, 1 / 256, 1 / 100
+_FINEST, _COARSEST, _ASKED = Fraction(1, 1024), Fraction(1, 256), Fraction(1, 100)
 """Relative excess of σ over a sum of real numbers: what the grid is refined to, what decides the width of the modulus,
 and what a plan that names a width may cost at most."""
 _MOST_COMPONENTS = 9
@@ -56,18 +55,26 @@ _MAGNITUDES = (1e-200, 1e200)
 """Of a clip norm and a bound in units of an update: beyond, products with them lose digits or overflow a double."""
 _FIXED_WIDTH = 62
 """Bits of a clamped coordinate in fixed point: it must fit into a signed integer of 64 with the coin on top."""
+_MOST_SAMPLES, _MOST_SMOOTH = 1 << 40, 1 << 51
+"""Samples of one sum: together within 2^-80 of their distribution, each within 2^-120 (`discrete.TOTAL_VARIATION`).
+Samples of a run: their probabilities are together within e^±(2^-60) of what the proof takes, each within 2^-111: two
+smoothing errors of variances of 9 or more, and one of `VIRTUAL_VARIANCE`, 4·exp(-8π²)."""
 _SIXTEENTH = 16
+_SENSITIVITY_DIGITS, _BOUND_DIGITS = 12, 3
 _PLANES = 4
 """Words have a multiple of so many bits: single bits take long to pack."""
 
 
 def sensitivity(steps: int, dimension: int) -> float:
     """Δ, in steps: how far one unit moves a vector [d] of clip norm `steps` on the grid of 2^-8 steps."""
-    fine = float(1 << FRACTION_BITS)
-    moved = fine * steps * (1.0 + ARITHMETIC_MARGIN) + math.sqrt(dimension) * 2.0**-_FIXED_BITS
-    luck = math.sqrt(2.0 * _COIN_FAILURE_BITS * _LN_2)
-    squared = moved**2 + dimension / 4 + luck * (moved + math.sqrt(dimension) / 2)
-    return math.sqrt(min(squared, (moved + math.sqrt(dimension)) ** 2)) / fine * (1.0 + 2.0**-40)
+    fine = 1 << FRACTION_BITS
+    with fifty_digits():
+        root = Decimal(dimension).sqrt()
+        moved = fine * steps * (1 + written(ARITHMETIC_MARGIN)) + root * written(2.0**-_FIXED_BITS)
+        luck = (2 * _COIN_FAILURE_BITS * LN_2).sqrt()
+        likely = moved * moved + Decimal(dimension) / 4 + luck * (moved + root / 2)
+        worst = (moved + root) * (moved + root)
+        return rounded_up(min(likely, worst).sqrt() / fine, _SENSITIVITY_DIGITS)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ class NoiseShares:
     @cached_property
     def variance(self) -> Fraction:
         """σ², in squared steps: what the honest survivors' shares add up to at least."""
-        return _ceil(Fraction(self.multiplier) ** 2 * Fraction(self.delta_steps) ** 2) + VIRTUAL_VARIANCE
+        return _ceil(exact(self.multiplier) ** 2 * exact(self.delta_steps) ** 2) + VIRTUAL_VARIANCE
 
     def share(self, survivors: int) -> Fraction:
         """V(u): what each survivor's noise must keep."""
@@ -175,14 +182,14 @@ class NoiseShares:
     @property
     def reach(self) -> int:
         """Largest magnitude of a site's clamped coordinate, in steps."""
-        return math.ceil(self.bound * self.scale) + 1
+        return math.ceil(exact(self.bound) * self.steps / exact(self.clip)) + 1
 
     @cached_property
     def tail(self) -> int:
         """What the noise of all sites together does not exceed, but for a chance of 2^-40 in a run."""
-        whole = self.sites * float(self.share(self.sites) + sum(self.components))
+        whole = self.sites * (self.share(self.sites) + sum(self.components))
         values = self.dimension * self.draws
-        return math.ceil(math.sqrt(whole * 2.0 * _LN_2 * (1 + WRAP_BITS + values.bit_length())))
+        return ceil_root(whole * 2 * Fraction(LN_2) * (1 + WRAP_BITS + values.bit_length()))
 
     @property
     def limit(self) -> int:
@@ -194,13 +201,15 @@ class NoiseShares:
         """How much more σ is than without integers, relatively."""
         return math.sqrt(float(self.variance)) / (self.multiplier * self.steps) - 1.0
 
+    def costs_at_most(self, excess: Fraction) -> bool:
+        """Whether `excess` is no more than that, exactly."""
+        return self.variance <= (exact(self.multiplier) * self.steps * (1 + excess)) ** 2
+
     @property
     def is_precise(self) -> bool:
         """Whether all samples of a sum are together within 2^-80 of their distribution, a run's smooth to 2^-60."""
         samples = self.dimension * self.sites * (2 + len(self.components))
-        smallest = min([self.base, *self.components, ROUNDING_VARIANCE])
-        rough = smoothing_error(smallest, smallest) + 4.0 * math.exp(-2.0 * math.pi**2 * VIRTUAL_VARIANCE)
-        return samples * TOTAL_VARIATION <= 2.0**-80 and samples * self.draws * rough <= 2.0**-60
+        return samples <= _MOST_SAMPLES and samples * self.draws <= _MOST_SMOOTH
 
     @cached_property
     def base_noise(self) -> DiscreteGaussian:
@@ -238,7 +247,7 @@ class NoiseShares:
             shares = draft.at(draft.finest_grid(bits, finest), bits)
         except PlanError as error:
             raise PlanError(f"secure_aggregation.bits = {bits} is too narrow: {error}") from None
-        if shares.excess > _ASKED:
+        if not shares.costs_at_most(_ASKED):
             raise PlanError(f"secure_aggregation.bits = {bits} would cost {shares.excess:.1%} more noise: too narrow")
         return shares
 
@@ -253,8 +262,6 @@ class _Draft:
 
     def at(self, steps: int, bits: int) -> NoiseShares:
         plan, cohort = self.plan, self.plan.cohort
-        unit = update_unit(plan)
-        clip = (plan.local.clip_norm or 0.0) * unit
         return NoiseShares(
             multiplier=self.multiplier,
             sites=cohort.size,
@@ -262,18 +269,18 @@ class _Draft:
             colluders=cohort.size - plan.noise_sharers,
             dimension=self.dimension,
             steps=steps,
-            clip=clip,
+            clip=nearest(clip_in_updates(plan)),
             bound=plan.secure_aggregation.bound or default_bound(plan),
             bits=bits,
             draws=plan.run.rounds * (1 + plan.run.max_extra_attempts),
         )
 
-    def coarsest_grid(self, excess: float) -> int:
+    def coarsest_grid(self, excess: Fraction) -> int:
         """The least k that costs at most `excess` of σ and leaves every share smooth."""
 
         def fits(steps: int) -> bool:
             try:
-                return self.at(steps, 62).excess <= excess
+                return self.at(steps, 62).costs_at_most(excess)
             except PlanError:
                 return False
 
@@ -310,25 +317,29 @@ class _Draft:
             return False
 
 
-def update_unit(plan: Plan) -> float:
-    """What a unit of a summed gradient is in an update: η/(q·E); a whole update under `participant` noise is one."""
+def clip_in_updates(plan: Plan) -> Fraction:
+    """Γ: the clip norm in units of an update, C·η/(q·E); a whole update under `participant` noise is one."""
     local = plan.local
+    clip = exact(local.clip_norm or 0.0)
     if plan.privacy.noise == "participant":
-        return 1.0
-    return local.learning_rate / local.expected_batch
+        return clip
+    return clip * exact(local.learning_rate) / (exact(local.sampling_rate) * local.expected_records)
 
 
 def default_bound(plan: Plan) -> float:
     """A where the plan names none: 4·√(q·E) + 4 clip norms, which sums of gradients that do not all agree stay below.
 
-    With `evaluation.released_fraction`, half as much again as the count of held-back units. Clamping costs accuracy,
-    never privacy.
+    With `evaluation.released_fraction`, half as much again as the count of held-back units. Rounded up to three digits.
+    Clamping costs accuracy, never privacy.
     """
-    local, clip = plan.local, plan.local.clip_norm or 0.0
-    if plan.privacy.noise == "participant":
-        return clip
-    counted = 1.5 * plan.evaluation.released_fraction * local.expected_batch
-    return max(4.0 * math.sqrt(local.expected_batch) + 4.0, counted) * clip * update_unit(plan)
+    local, clip = plan.local, clip_in_updates(plan)
+    with fifty_digits():
+        unit = Decimal(clip.numerator) / Decimal(clip.denominator)
+        if plan.privacy.noise == "participant":
+            return rounded_up(unit, _BOUND_DIGITS)
+        batch = written(local.sampling_rate) * local.expected_records
+        counted = written(1.5) * written(plan.evaluation.released_fraction) * batch
+        return rounded_up(max(4 * batch.sqrt() + 4, counted) * unit, _BOUND_DIGITS)
 
 
 def _ceil(value: Fraction) -> Fraction:

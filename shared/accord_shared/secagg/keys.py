@@ -100,7 +100,7 @@ class RunTerms:
         """
         if self.sparse:
             return sparse_thresholds(sites, self.minimum, self.colluders)
-        return thresholds(sites, self.minimum, self.colluders, self.mode, self.size)
+        return thresholds(sites, self.minimum, self.colluders, self.mode, self.size, own_noise=self.own_noise)
 
     @property
     def encoding(self) -> Encoding | NoiseShares:

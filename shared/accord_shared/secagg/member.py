@@ -386,8 +386,6 @@ class Member:
             raise ProtocolError(f"R3: a cohort of {count}, the plan says {self._terms.size}")
         if len(request.bundles) != count:
             raise ProtocolError(f"R4: {len(request.bundles)} bundles for {count} sites")
-        if count == 2 and not self._terms.own_noise:
-            raise ProtocolError("R3: of a sum of two each site learns the other's part")
         if not self._terms.sparse:
             return self._terms.thresholds(count)
         if self._terms.noise is not None and len(self._run_names) > self._terms.size:
@@ -492,8 +490,10 @@ class Member:
         return current
 
     def _renew(self) -> bytes:
-        """A fresh X25519 key; the one before stays until the coordinator uses the new one."""
+        """A fresh X25519 key; the one before stays until the coordinator uses the new one, older ones go (R4)."""
         generation = max(self._bundles, default=-1) + 1
+        for older in [g for g in self._keys if g < generation - 1]:
+            del self._keys[older], self._bundles[older]
         private = X25519PrivateKey.from_private_bytes(self._random(32))
         public = private.public_key().public_bytes_raw()
         self._keys[generation] = private

@@ -9,6 +9,8 @@ lower them. With n sites, at least n_min survivors and c colluders:
   them joins another attempt of that round, so no second attempt gathers n_min of the at most N sites of a first
   cohort. (With n in the place of N two smaller cohorts of one round could overlap.)
 - t_share ≥ c + 2: colluders and one honest site rebuild nothing;
+- n_min ≥ max(c, 1) + 2: whoever subtracts what it knows from a sum, c colluders or one site that sees the model,
+  is left with the sum of two. Not asked where every update carries its own full noise; above four sites it follows;
 - `semi_honest` has no signatures, so 2·t_share > n + c does there what 2·t_sign does (Bonawitz et al. 2017,
   Theorem 6.5, with corrupt users).
 """
@@ -65,18 +67,31 @@ def require_cohort(n: int, minimum: int, colluders: int) -> None:
         raise PlanError(f"cohort.colluders = {colluders} of {n} sites leaves none honest")
 
 
+def _require_two(survivors: int, colluders: int) -> None:
+    known = max(colluders, 1)
+    if survivors < known + 2:
+        raise PlanError(
+            f'a sum of {survivors} sites with {colluders} colluders needs privacy.noise = "site": '
+            f"whoever knows {known} of them learns a single update"
+        )
+
+
 @lru_cache(maxsize=1024)
-def thresholds(n: int, minimum: int, colluders: int, mode: Mode, size: int | None = None) -> Thresholds:
+def thresholds(
+    n: int, minimum: int, colluders: int, mode: Mode, size: int | None = None, *, own_noise: bool = False
+) -> Thresholds:
     """The thresholds of a complete graph over a cohort of `n` sites; `size` is the plan's (None: as many).
 
-    Two sites pass here; section 4 refuses them unless every update carries its own full noise, which the
-    caller knows.
+    `own_noise`: every update carries its own full noise, so that even a sum that tells a single one tells no more.
 
     Raises:
-        PlanError: n < minimum, t_share > minimum, t_sign > n, or no two sites, or none of them honest.
+        PlanError: n < minimum, t_share > minimum, t_sign > n, no two sites, none of them honest, or a sum of which
+            colluders or one site learn a single update.
     """
     require_cohort(n, minimum, colluders)
     small = n <= SMALL_MAX
+    if small and not own_noise:
+        _require_two(n, colluders)
     sign = n if small else signatures(n, colluders)
     share = n if small else _shares(n, minimum, colluders, mode, size or n)
     if share > minimum:
@@ -88,7 +103,7 @@ def thresholds(n: int, minimum: int, colluders: int, mode: Mode, size: int | Non
     return Thresholds(sites=n, sign=sign, share=share, degree=None)
 
 
-def least_minimum(n: int, colluders: int, mode: Mode) -> int:
+def least_minimum(n: int, colluders: int, mode: Mode, *, own_noise: bool = False) -> int:
     """The smallest `cohort.minimum` that a complete graph of `n` sites accepts.
 
     Raises:
@@ -96,9 +111,9 @@ def least_minimum(n: int, colluders: int, mode: Mode) -> int:
     """
     for minimum in range(1, n):
         try:
-            thresholds(n, minimum, colluders, mode)
+            thresholds(n, minimum, colluders, mode, own_noise=own_noise)
         except PlanError:
             continue
         return minimum
-    thresholds(n, n, colluders, mode)  # says why, if even "all" is refused
+    thresholds(n, n, colluders, mode, own_noise=own_noise)  # says why, if even "all" is refused
     return n
