@@ -73,6 +73,7 @@ ONE_KIND = Removal(
     "open_ = list(range(1 + len(partners)))",
 )
 ANY_COHORT = Removal(thresholds, "require_cohort", "if n < 2 or not 1 <= minimum <= n:", "if False:")
+TWO_LEFT = Removal(thresholds, "_require_two", "if survivors < known + 2:", "if False:")
 ANY_SHARE = Removal(keys, "thresholds", "if share > minimum:", "if False:")
 
 Play = Callable[[Run], None]
@@ -484,7 +485,7 @@ ATTACKS = [
         alone_in_the_cohort,
         kind=PlanError,
         says="1 sites",
-        removed=(ANY_COHORT, ANY_SHARE),
+        removed=(ANY_COHORT, ANY_SHARE, TWO_LEFT),
         setting=Setting(colluders=0),
     ),
     Attack(

@@ -52,7 +52,7 @@ PRESENT = Removal(
 BEHIND = Removal(
     Writing, "witness", "if head.seq < before.seq or (head.seq == before.seq and head != before):", "if False:"
 )
-PLAN_SIZE = Removal(RunTerms, "thresholds", ", self.size)", ")")
+PLAN_SIZE = Removal(RunTerms, "thresholds", ", self.size, own_noise", ", own_noise")
 ROSTER_MINIMUM = Removal(
     Site,
     "_join_secured",
