@@ -694,7 +694,8 @@ def grid_of(given: Json, dimension: int, sigma: float, colluders: int) -> tuple[
     low, high = 0, finest + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if at(middle).limit < 2 ** (bits - 1) else (low, middle)
+        tried = at(middle)
+        low, high = (middle, high) if not tried.sound(62) or tried.limit < 2 ** (bits - 1) else (low, middle)
     shares = at(max(1, low))
     if not shares.sound(bits) or not shares.costs_at_most(100):
         raise Refused("too narrow")
