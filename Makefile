@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA ?= ../shared/data
+# Test processes at once. Files stay whole: each holds what it shares (a deployment, a database) for itself.
+WORKERS ?= 2
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: setup simulate test test-all lint clean
+.PHONY: setup simulate quick test test-all lint clean
 
 setup: $(STAMP)
 
@@ -23,11 +26,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+quick: setup  ## unit and property tests
+	$(PYTEST) -m "not slow" tests/unit tests/property
+
 test: lint  ## everything that takes seconds
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint  ## the slow ones too
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	$(PYTEST)
 
 clean:
 	rm -rf $(VENV) build dist

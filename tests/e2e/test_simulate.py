@@ -8,10 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import psutil
 import pytest
+
+from command_line import Run, accord_command, refused
+
+__all__ = ["accord_command"]
+
+(ENTRY,) = entry_points(group="accord.commands", name="simulation")
 
 SMALL = [
     "--participants", "4",
@@ -108,32 +116,32 @@ def test_a_run_ends_with_report_model_and_all_json_keys(cache: Path, tmp_path: P
 
 
 def test_kill_in_the_middle_then_resume_spends_the_same(cache: Path, tmp_path: Path) -> None:
-    out, rounds = tmp_path / "run", "60"
+    out, rounds = tmp_path / "run", "24"
     process = start(cache, out, "--rounds", rounds)
     await_round(out, 5, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     reached = json.loads((out / "checkpoint" / "state.json").read_text())["round"]
-    assert 5 <= reached < 60
+    assert 5 <= reached < 24
     summary = simulate(cache, out, "--rounds", rounds, "--resume")
     rounds_done = [entry["round"] for entry in json.loads((out / "report.json").read_text())["rounds"]]
-    assert rounds_done == list(range(1, 61))
+    assert rounds_done == list(range(1, 25))
     uninterrupted = simulate(cache, tmp_path / "whole", "--rounds", rounds)
     assert summary["epsilon"] == uninterrupted["epsilon"]
 
 
 def test_a_killed_cohort_charges_what_it_repeats_and_no_more_than_it_may(cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = ("--noise", "cohort", "--participants", "5", "--rounds", "40", "--set", "run.max_extra_attempts=3")
+    options = ("--noise", "cohort", "--participants", "5", "--rounds", "20", "--set", "run.max_extra_attempts=3")
     process = start(cache, out, *options)
     await_round(out, 4, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     summary = simulate(cache, out, *options, "--resume")
     report = json.loads((out / "report.json").read_text())
-    assert [entry["round"] for entry in report["rounds"]] == list(range(1, 41))
+    assert [entry["round"] for entry in report["rounds"]] == list(range(1, 21))
     released = [participant["rounds_released"] for participant in report["participants"]]
-    assert all(40 <= count <= 43 for count in released)  # the killed round was a release if it was uploaded
+    assert all(20 <= count <= 23 for count in released)  # the killed round was a release if it was uploaded
     assert summary["epsilon"] <= summary["epsilon_target"] == 8.0  # type: ignore[operator]
     assert summary["epsilon_all_collude"] > summary["epsilon"]  # type: ignore[operator]
     assert summary["upload_bytes_per_site_round"] < 20_000  # type: ignore[operator]
@@ -142,14 +150,14 @@ def test_a_killed_cohort_charges_what_it_repeats_and_no_more_than_it_may(cache: 
 def test_an_interrupt_leaves_a_resumable_run_and_no_process(cache: Path, tmp_path: Path) -> None:
     for number, sent in ((1, signal.SIGINT), (2, signal.SIGTERM)):
         out = tmp_path / f"run-{number}"
-        process = start(cache, out, "--rounds", "80")
+        process = start(cache, out, "--rounds", "24")
         await_round(out, 3, process)
         os.kill(process.pid, sent)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
         assert "Traceback" not in stderr
         assert_no_process_left(process.pid)
-    assert simulate(cache, out, "--rounds", "80", "--resume")["rounds"] == 80
+    assert simulate(cache, out, "--rounds", "24", "--resume")["rounds"] == 24
 
 
 def test_dropouts_and_crashes_are_survived_and_counted(cache: Path, tmp_path: Path) -> None:
@@ -183,7 +191,7 @@ def test_secure_rounds_survive_losses_at_any_trip(mode: str, trips: int, cache: 
 
 def test_a_killed_worker_is_replaced(cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start(cache, out, "--rounds", "120")
+    process = start(cache, out, "--rounds", "24")
     await_round(out, 3, process)
     workers = [p for p in session_processes(process.pid) if "ClientAppActor" in " ".join(p.cmdline())]
     assert workers
@@ -192,7 +200,7 @@ def test_a_killed_worker_is_replaced(cache: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, stderr[-2000:]
     last = json.loads((out / "report.json").read_text())["rounds"][-1]
     assert last["survivors"] == 4
-    assert json.loads(stdout.splitlines()[-1])["rounds"] == 120
+    assert json.loads(stdout.splitlines()[-1])["rounds"] == 24
 
 
 def test_below_the_minimum_a_run_aborts_and_can_be_resumed(cache: Path, tmp_path: Path) -> None:
@@ -223,14 +231,27 @@ BAD = [
 ]
 
 
+@pytest.fixture
+def run_here(accord_command: Callable[..., Run], cache: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`accord simulate bank-demo …` in this process: what is refused needs none of its own."""
+    for name, value in environment(cache).items():
+        monkeypatch.setenv(name, value)
+    return accord_command(ENTRY, "simulate", "bank-demo")
+
+
 @pytest.mark.parametrize(("args", "words"), BAD, ids=[bad[0][1] for bad in BAD])
-def test_bad_input_is_one_line_and_writes_nothing(cache: Path, tmp_path: Path, args: list[str], words: str) -> None:
+def test_bad_input_is_one_line_and_writes_nothing(run_here: Run, tmp_path: Path, args: list[str], words: str) -> None:
     out = tmp_path / "run"
-    done = accord(cache, "simulate", "bank-demo", "--out", str(out), *args, code=2)
+    refused(run_here("--out", str(out), *args), words)
+    assert not out.exists()
+
+
+def test_the_exit_code_of_bad_input_is_that_of_the_process(cache: Path, tmp_path: Path) -> None:
+    args, words = BAD[0]
+    done = accord(cache, "simulate", "bank-demo", "--out", str(tmp_path / "run"), *args, code=2)
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not out.exists()
 
 
 def test_an_output_folder_that_is_not_ours_is_left_alone(cache: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -220,16 +221,20 @@ def configure(folder: Path) -> None:
 
 
 @pytest.fixture
-def up(run: Run, tmp_path: Path) -> Iterator[Coordinator]:
-    """A coordinator that runs."""
-    ok(run("init", "--federation", "Nord"))
-    configure(tmp_path / "accord-server")
-    started = Coordinator(tmp_path / "accord-server")
-    try:
-        started.wait()
-        yield started
-    finally:
-        started.stop()
+def up(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Coordinator]:
+    """A coordinator that runs, in a folder of a short name: that of a Unix socket has at most 104 characters."""
+    with tempfile.TemporaryDirectory(prefix="ac-", dir="/tmp") as short:
+        monkeypatch.chdir(short)
+        ok(run("init", "--federation", "Nord"))
+        folder = Path(short) / "accord-server"
+        configure(folder)
+        started = Coordinator(folder)
+        try:
+            started.wait()
+            yield started
+        finally:
+            started.stop()
+            monkeypatch.undo()
 
 
 def enrol(token: str, bank: Bank) -> pb.EnrolReply:
