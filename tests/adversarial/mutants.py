@@ -146,7 +146,7 @@ NOISE_MUTANTS: list[tuple[str, str, str, str]] = [
     ("noise magnitudes", SHARING, "if not _MAGNITUDES[0] <= value <= _MAGNITUDES[1]:", "if False:"),
     ("noise run of size", MEMBER, "if self._terms.noise is not None and len(self._run_names) > self._terms.size:", "if False:"),
     ("noise run left out", MEMBER, "if terms.colluders + left_out > terms.noise.colluders:", "if False:"),
-    ("noise slack", ACCOUNTING, "left = delta - sum(event.slack * event.steps for event in merged if isinstance(event, SharedGaussian))", "left = delta"),
+    ("noise slack", ACCOUNTING, "left = delta - sum(event.slack * event.steps for event in shared)", "left = delta"),
     ("noise slack of a plan", ACCOUNTING, "delta = privacy.delta - plan.releases * (SLACK + VARIATION", "delta = privacy.delta - 0 * (SLACK + VARIATION"),
     ("noise participant rate", ACCOUNTING, '1.0 if plan.privacy.noise == "participant" else rate', "rate"),
     ("noise colluding", ACCOUNTING, "if colluding and isinstance(event, SharedGaussian):", "if False:"),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from accord_shared.errors import AccordError, PlanError, ProtocolError
+from accord_shared.receipts import Head
 from accord_shared.secagg import keys, member, thresholds
 from accord_shared.secagg.keys import Attempt, Bundle
 from accord_shared.secagg.member import Member
@@ -341,6 +342,14 @@ def own_key_forgotten(run: Run) -> None:
     run.upload("d", 3, bundles={"d": old})
 
 
+def own_key_long_replaced(run: Run) -> None:
+    """d's ledger went on three times since its first bundle, which the coordinator uses: an old head, an old key."""
+    member = run.world.stations["d"].members[run.terms.run_id]
+    for number in (1, 2, 3):
+        member.tell_ledger(Head(number, bytes(32)))
+    run.upload("d")
+
+
 def another_session(run: Run) -> None:
     """a restarted; d was introduced to its first session. Unchecked, a mask that a cannot take away."""
     run.uploads()
@@ -479,6 +488,7 @@ ATTACKS = [
     Attack(foreign_bundles, says=VERIFY),
     Attack(own_key_altered, says="R4: this is not a bundle"),
     Attack(own_key_forgotten, says="R4: this is not a bundle"),
+    Attack(own_key_long_replaced, says="R4: this is not a bundle"),
     Attack(another_session, says="R4: 'a' has another session"),
     Attack(never_introduced, says="R5: 'e' was never introduced"),
     Attack(
