@@ -1,4 +1,4 @@
-"""Writes `steps/*.json`: every derivation of PROTOCOL.md, one step at a time: `python tests/vectors/make_vectors.py`.
+"""Writes `steps/*.json`: every derivation of PROTOCOL.md step by step: `python -m vectors.make_vectors` in tests.
 
 Everything comes from the product and from fixed seeds. What the library draws itself (ML-DSA signatures, the ciphertext
 of an encapsulation) is kept from the files as long as it still verifies, so a second run writes the same bytes.
