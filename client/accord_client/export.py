@@ -30,16 +30,18 @@ import json, torch; from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 folder, base = ".", {base!r}  # the base model: a folder or a hub name
 info, head = json.load(open(f"{{folder}}/accord.json")), load_file(f"{{folder}}/head.safetensors")
-tokenizer, encoder = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base).eval(){backbone}
+tokenizer, encoder = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base, dtype=torch.float32){backbone}
 texts = [prompt.replace("{{}}", text) for text in ["Where is my card?"] for prompt in info["prompts"]]
-batch = tokenizer(texts, padding=True, truncation=True, max_length={tokens}, return_tensors="pt")
-hidden, mask = encoder(**batch, output_hidden_states=True).hidden_states[{layer}], batch["attention_mask"].unsqueeze(-1)
+batch = tokenizer(texts, truncation=True, max_length={tokens}, {padded})
+hidden, mask = encoder(**batch{hidden}, batch["attention_mask"].unsqueeze(-1)
 pooled = torch.nn.functional.normalize({pooled}, dim=-1).unflatten(0, (-1, len(info["prompts"]))).mean(1)
 features = torch.nn.functional.normalize(pooled, dim=-1) - head["center"]
 print([info["labels"][i] for i in (features @ head["weight"].T).argmax(-1)])
 ```
 """
 
+_HIDDEN, _INNER = ").last_hidden_state", ", output_hidden_states=True).hidden_states[{}]"
+_PADDED = 'padding=True, padding_side="right", return_tensors="pt", return_token_type_ids=False'
 _POOLED = {"mean": "(hidden * mask).sum(1) / mask.sum(1)", "cls": "hidden[:, 0]"}
 
 
@@ -115,7 +117,8 @@ def _readme(workspace: Workspace, facts: dict[str, Any]) -> str:
         text=f"{plan.run.name}: {len(plan.task.labels)} classes, depth `{plan.adapter.depth}`. {promise}",
         base=base,
         backbone=_LOAD_BACKBONE[plan.adapter.depth],
-        layer=plan.model.layer,
+        hidden=_HIDDEN if plan.model.layer == -1 else _INNER.format(plan.model.layer),
         tokens=plan.task.max_tokens,
+        padded=_PADDED,
         pooled=_POOLED[pooling(verified(plan.model))],
     )

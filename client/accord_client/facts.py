@@ -85,9 +85,15 @@ def noise_facts(plan: Plan, shares: NoiseShares) -> dict[str, Any]:
 
 
 def trainable_parameters(plan: Plan) -> int:
-    """P of a plan, from its model's shapes."""
+    """P of a plan, from its model, which is loaded and checked for that.
+
+    Raises:
+        ModelError, PlanError: the plan's model is not there, is not sound, or does not have what the plan names.
+        UnsupportedLayer: the plan clips gradients of a layer that has no exact one per record.
+    """
     import torch
 
+    from accord_client.gradients import GradientTape
     from accord_client.models import Encoder, EncoderModel, LabelFrame, verified
 
     encoder = Encoder(verified(plan.model), plan.task.max_tokens, plan.model.layer)
@@ -95,7 +101,10 @@ def trainable_parameters(plan: Plan) -> int:
     if plan.adapter.depth == "head":
         return classes * encoder.hidden_size
     frame = LabelFrame(torch.ones(classes, encoder.hidden_size), plan.adapter)
-    return EncoderModel(encoder, frame, plan, "cpu").layout.dimension
+    model = EncoderModel(encoder, frame, plan, "cpu")
+    if plan.local.clip_norm is not None:
+        GradientTape(model.module)
+    return model.layout.dimension
 
 
 def initial_weights(plan: Plan) -> Vector:

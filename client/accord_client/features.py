@@ -25,7 +25,8 @@ from accord_client.trainer import Indices, Runtime
 from accord_shared.errors import NonFinite
 from accord_shared.files import make_folder, write_atomic
 
-VERSION = 1
+VERSION = 2
+"""1 could hold embeddings of models that were read with random parts."""
 _BATCH = 64
 Array = npt.NDArray[Any]
 

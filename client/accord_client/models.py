@@ -20,13 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from accord_shared.errors import ModelError, PlanError
+from accord_client.pretrained import MODEL_FILES, PROBES, most_tokens, read_model, read_table, read_tokenizer, told
+from accord_shared.errors import DataError, ModelError, PlanError
 from accord_shared.files import sha256_file
 from accord_shared.plan import AdapterSpec, ModelSpec, Plan
 from accord_shared.vectors import Layout, Vector
 
-MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "1_Pooling/*.json")
-"""What is taken of a model repository, and what its digest covers."""
+PROBE_TOKENS = 48
+"""Up to here a probe text is embedded beside longer ones."""
+SAME = 1e-3
+"""Relative difference of two embeddings of one text that rounding explains."""
 
 
 def locate(source: str) -> Path:
@@ -44,11 +47,21 @@ def locate(source: str) -> Path:
             raise ModelError(f"the model package {name} is not installed: pip install {name.replace('_', '-')}")
         root = Path(spec.submodule_search_locations[0])
     else:
-        root = Path(name).expanduser()
-    found = sorted(root.glob("config.json")) or sorted(root.glob("*/config.json"))
+        with told(f"no model at {name}"):
+            root = Path(name).expanduser()
+    with told(f"no model in {root}"):
+        found = sorted(root.glob("config.json")) or _parts(root)
     if not found:
         raise ModelError(f"no model in {root}: config.json is missing")
     return found[0].parent
+
+
+def _parts(root: Path) -> list[Path]:
+    """A model in a folder of `root`, as packages have it; beside it there may be configurations of its pooling."""
+    found = [path for path in sorted(root.glob("*/config.json")) if not path.parent.name.endswith("_Pooling")]
+    if len(found) > 1:
+        raise ModelError(f"{len(found)} models in {root}: name the folder of one, {found[0].parent} for instance")
+    return found
 
 
 def _download(name: str) -> Path:
@@ -63,10 +76,22 @@ def _download(name: str) -> Path:
         raise ModelError(f"cannot get {repository} at {revision} from the hub: {reason}") from None
 
 
-@lru_cache(maxsize=16)
 def digest(folder: Path) -> str:
-    """`sha256:…` over the names and contents of the model's files."""
-    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    """`sha256:…` over the names and contents of the model's files.
+
+    Raises:
+        ModelError: one cannot be read, or there are no safetensors weights.
+    """
+    with told(f"the model in {folder} cannot be read"):
+        files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+        stats = [path.stat() for path in files]
+        seen = tuple((one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in stats)
+        return _digest(folder, tuple(files), seen)
+
+
+@lru_cache(maxsize=16)
+def _digest(folder: Path, files: tuple[Path, ...], _seen: tuple[tuple[int, ...], ...]) -> str:
+    """Computed again as soon as a file has changed."""
     if not any(path.suffix == ".safetensors" for path in files):
         raise ModelError(f"no safetensors weights in {folder}: other formats can run code and are refused")
     listing = [(path.relative_to(folder).as_posix(), sha256_file(path)) for path in files]
@@ -103,33 +128,34 @@ class Tokens:
         return np.diff(self.ends, prepend=0)
 
 
+_SOUND: set[tuple[str, int, int]] = set()
+"""(digest, max_tokens, layer) of encoders that this process has found to be sound."""
+
+
 class Encoder:
-    """A Hugging Face encoder with its tokenizer and pooling; deterministic (dropout off)."""
+    """A Hugging Face encoder with its tokenizer and pooling; deterministic (dropout off).
+
+    Raises:
+        ModelError: the model is damaged, incomplete, of an architecture that is not supported, or does not embed a text
+            by that text alone.
+        PlanError: it has fewer positions than `max_tokens`, or fewer layers than `layer` needs.
+    """
 
     def __init__(self, folder: Path, max_tokens: int, layer: int = -1) -> None:
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            self.model: nn.Module = AutoModel.from_pretrained(
-                folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"cannot load {folder}: {str(error).splitlines()[0][:200]}") from None
-        limit = getattr(self.model.config, "max_position_embeddings", max_tokens)
-        if max_tokens > limit:
+        key = (digest(folder), max_tokens, layer)
+        self.pooling = pooling(folder)
+        self.model: nn.Module = read_model(folder, twice=key not in _SOUND)
+        self.tokenizer = read_tokenizer(folder, self.model)
+        self.max_tokens = max_tokens
+        limit = most_tokens(self.model)
+        if limit is not None and max_tokens > limit:
             raise PlanError(f"task.max_tokens = {max_tokens} is more than the model's {limit}")
-        if any(bool(torch.isnan(p).any()) for p in self.model.parameters()):
-            raise ModelError(f"the weights in {folder} hold NaN")
-        if self.tokenizer.pad_token_id is None:
-            raise ModelError(f"the tokenizer in {folder} has no padding token")
+        before = self._hidden_states(layer, folder) if layer != -1 and key not in _SOUND else None
         if layer != -1:
             self._drop_layers(layer)
-        self.max_tokens = max_tokens
-        self.pooling = pooling(folder)
-        self.model.eval().requires_grad_(False)
+        if key not in _SOUND:
+            self._check(folder, before)
+            _SOUND.add(key)
 
     @property
     def hidden_size(self) -> int:
@@ -139,14 +165,53 @@ class Encoder:
     def _drop_layers(self, layer: int) -> None:
         """Leave out the layers above the pooled one: nobody needs what they would compute."""
         layers = self.layers()
-        if -layer >= len(layers):
+        if -layer > len(layers):
             raise PlanError(f"model.layer = {layer}: the model has {len(layers)} layers")
         del layers[layer + 1 :]
         self.model.config.num_hidden_layers = len(layers)  # type: ignore[union-attr]
 
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token ids with special tokens, cut at `max_tokens`."""
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
+    def _check(self, folder: Path, before: Tensor | None) -> None:
+        """The embedding of a text depends on that text alone, and is the layer's that exported models read.
+
+        A batch whose rows mix has no bound on what one record changes.
+        """
+        name = type(self.model).__name__
+        with told(f"{folder}: {name} cannot embed a text"):
+            texts = ("a", *PROBES)
+            alone = torch.cat([self._embedded((text,), PROBE_TOKENS) for text in texts])
+            beside = self._embedded((*texts, " ".join(PROBES) * PROBE_TOKENS), PROBE_TOKENS)[: len(texts)]
+            self._embedded((" ".join(PROBES) * self.max_tokens,), self.max_tokens)
+        if alone.shape[1] != self.hidden_size or not bool(torch.isfinite(alone).all()):
+            raise ModelError(f"{folder}: the embeddings of {name} are not {self.hidden_size} finite numbers")
+        if _differ(alone, beside):
+            raise ModelError(f"{folder}: {name} is not supported: it embeds a text in another way beside longer ones")
+        if before is not None and _differ(alone[1:], before):
+            raise ModelError(f"{folder}: model.layer is not supported for {name}: its last layer is treated apart")
+
+    def _embedded(self, texts: Sequence[str], most: int) -> Tensor:
+        """Embeddings [n, d] of the first `most` tokens of the texts, in one batch."""
+        with torch.inference_mode():
+            ids, mask = self.pad(self.tokenize(texts, min(most, self.max_tokens)), range(len(texts)))
+            return self.pool(self.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+
+    def _hidden_states(self, layer: int, folder: Path) -> Tensor:
+        """Embeddings [n, d] of the probe texts from a hidden state of the whole model."""
+        with torch.inference_mode(), told(f"{folder}: {type(self.model).__name__} does not show its hidden states"):
+            ids, mask = self.pad(self.tokenize(PROBES, min(PROBE_TOKENS, self.max_tokens)), range(len(PROBES)))
+            states = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            if -layer > len(states):
+                raise PlanError(f"model.layer = {layer}: the model has {len(states)} hidden states")
+            return self.pool(states[layer], mask)
+
+    def tokenize(self, texts: Sequence[str], most: int | None = None) -> Tokens:
+        """Token ids with special tokens, cut at `most` (`max_tokens`).
+
+        Raises:
+            DataError: a text has no token, so that there is nothing to embed.
+        """
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=most or self.max_tokens)["input_ids"]
+        if empty := sum(not ids for ids in encoded):
+            raise DataError(f"{empty} of {len(texts)} texts have no token in the model's vocabulary")
         ends = np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
         return Tokens(ids=np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded]), ends=ends)
 
@@ -181,12 +246,29 @@ class Encoder:
         raise ModelError(f"{type(self.model).__name__} has no plain list of layers")
 
 
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Of embeddings [n, d] of the same texts."""
+    return bool(((one - other).norm(dim=1) > SAME * other.norm(dim=1)).any())
+
+
 def pooling(folder: Path) -> str:
-    """How a sentence-transformers model pools its tokens: `mean`, or `cls`."""
-    config = folder / "1_Pooling" / "config.json"
-    if config.exists() and json.loads(config.read_text()).get("pooling_mode_cls_token"):
-        return "cls"
-    return "mean"
+    """How a sentence-transformers model pools its tokens: `mean`, or `cls`.
+
+    Raises:
+        ModelError: in another way.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.exists():
+        return "mean"
+    config = read_table(path)
+    prefix = "pooling_mode_"
+    modes = [name.removeprefix(prefix) for name, on in config.items() if name.startswith(prefix) and on]
+    named = config.get("pooling_mode", modes or "mean")
+    wanted = [named] if isinstance(named, str) else named
+    known = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
+    if len(wanted) != 1 or wanted[0] not in known:
+        raise ModelError(f"{path} asks for pooling by {' and '.join(map(str, wanted))}: mean or cls are supported")
+    return known[wanted[0]]
 
 
 @dataclass(frozen=True)
@@ -249,20 +331,47 @@ class HeadModel:
 class EncoderModel:
     """The encoder with LoRA pairs or all its layers trainable, and the linear head on top.
 
-    With the first layers frozen their output is taken from `inputs["prefix"]` where given: the layer before
-    the first trained one hands it in, the ones before that pass through.
+    With the first `frozen_layers` layers frozen their output is taken from `inputs["prefix"]` where given: the layer
+    before the first trained one hands it in, the ones before that pass through.
     """
 
     def __init__(self, encoder: Encoder, frame: LabelFrame, plan: Plan, device: str) -> None:
         self.encoder = encoder
         self.frame = frame
-        self.frozen_layers = frozen_prefix(encoder, plan.adapter)
         backbone = _adapted(encoder, plan)
         self.module: nn.Module = _Classifier(backbone, frame).to(device)
         self.layout = _layout(self.module)
         self._prefix: Tensor | None = None
-        if self.frozen_layers:
-            _feed_prefix(encoder.layers(), self.frozen_layers, self)
+        self._device = device
+        self.frozen_layers = self._feed_prefix(frozen_prefix(encoder, plan.adapter))
+
+    def _feed_prefix(self, frozen: int) -> int:
+        """Let the frozen layers hand in a cached prefix; 0 where the architecture's layers cannot, so that all run."""
+        layers = self.encoder.layers()
+        whole = list(layers[:frozen])
+        for index, layer in enumerate(whole):
+            layers[index] = _Hand(layer, self, last=index == frozen - 1)
+        if not frozen or self._prefix_fits(frozen):
+            return frozen
+        for index, layer in enumerate(whole):
+            layers[index] = layer
+        return 0
+
+    def _prefix_fits(self, frozen: int) -> bool:
+        """Whether a prefix that is handed in gives the scores that the whole model gives."""
+        encoder, seen = self.encoder, list[Any]()
+        ids, mask = (part.to(self._device) for part in encoder.pad(encoder.tokenize(PROBES), range(len(PROBES))))
+        inputs = {"ids": ids, "mask": mask}
+        handle = encoder.layers()[frozen - 1].register_forward_hook(lambda _module, _args, output: seen.append(output))
+        try:
+            with torch.inference_mode():
+                expected = self.logits(inputs)
+                return not _differ(self.logits(inputs | {"prefix": seen[0]}), expected)
+        except Exception:  # tuples, attributes that the model asks its layers for, and whatever else there is
+            return False
+        finally:
+            handle.remove()
+            self._prefix = None
 
     def load(self, vector: Vector) -> None:
         """Set the trainable tensors from `vector` [P]."""
@@ -273,7 +382,7 @@ class EncoderModel:
         return _vector(self.module)
 
     def logits(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
-        """Class scores [B, classes] of `ids` and `mask` [B, T] and, if layers are frozen, `prefix` [B, T, d]."""
+        """Class scores [B, classes] of `ids` and `mask` [B, T] and, with `frozen_layers`, `prefix` [B, T, d]."""
         if not isinstance(inputs, dict):
             raise ModelError("an encoder reads token ids, not features")
         self._prefix = inputs.get("prefix")
@@ -367,11 +476,6 @@ class _Hand(nn.Module):
         if prefix is None:
             return self.layer(hidden, *args, **kwargs)
         return prefix.to(hidden.dtype) if self._last else hidden
-
-
-def _feed_prefix(layers: nn.ModuleList, frozen: int, owner: EncoderModel) -> None:
-    for index in range(frozen):
-        layers[index] = _Hand(layers[index], owner, last=index == frozen - 1)
 
 
 def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -48,8 +48,16 @@ class Workspace:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The pretrained encoder (loads it)."""
-        return Encoder(self._folder, self.plan.task.max_tokens, self.plan.model.layer)
+        """The pretrained encoder (loads it).
+
+        Raises:
+            ModelError: it is not sound, or its files were changed since they were compared with the plan.
+        """
+        wanted = self._digest
+        encoder = Encoder(self._folder, self.plan.task.max_tokens, self.plan.model.layer)
+        if digest(self._folder) != wanted:
+            raise ModelError(f"the model in {self._folder} was changed while it was in use")
+        return encoder
 
     def embeddings(
         self, texts: tuple[str, ...], on_progress: Callable[[int], None] = lambda _: None

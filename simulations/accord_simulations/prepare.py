@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from accord_client.data import Examples
+from accord_client.facts import trainable_parameters
 from accord_client.features import FeatureCache, default_folder
 from accord_client.metrics import hold_back
 from accord_client.models import digest, locate, verified
@@ -37,12 +38,15 @@ def runtime_of(resources: Resources, plan: Plan) -> Runtime:
     )
 
 
-def resolve_scenario(scenario: Scenario, changes: Mapping[str, Any], data: Path | None) -> Resolved:
-    """Build the population and the plan.
+def resolve_scenario(
+    scenario: Scenario, changes: Mapping[str, Any], data: Path | None, cache: Path | None = None
+) -> Resolved:
+    """Build the population and the plan, and see that its model loads.
 
     Raises:
         DataError: the data set is missing, malformed, or has an empty participant.
-        PlanError, ModelError: the plan contradicts itself or its model is not there.
+        PlanError, ModelError, UnsupportedLayer: the plan contradicts itself, or its model is not there, is not sound or
+            does not have what the plan names.
     """
     seed = int(changes.get("run.seed", _given(scenario, "run", "seed", 0)))
     carved = float(
@@ -56,8 +60,17 @@ def resolve_scenario(scenario: Scenario, changes: Mapping[str, Any], data: Path 
     source = str(changes.get("model.source", _given(scenario, "model", "source", "")))
     known = digest(locate(source)) if source else None
     resolved = resolve(scenario, population, changes, known)
-    verified(resolved.plan.model)
+    _check_model(resolved.plan, cache or default_folder() / "features")
     return resolved
+
+
+def _check_model(plan: Plan, cache: Path) -> None:
+    """Label names that are in the cache were embedded by this very model, so it is sound."""
+    if plan.adapter.depth != "head":
+        trainable_parameters(plan)
+        return
+    verified(plan.model)
+    Workspace(plan, FeatureCache(cache), Runtime()).embeddings(plan.task.texts)
 
 
 def _given(scenario: Scenario, table: str, key: str, default: Any) -> Any:

@@ -73,7 +73,7 @@ def simulate(
         RoundAborted, Interrupted: finished rounds are kept, `resume` continues.
     """
     started = time.monotonic()
-    resolved = resolve_scenario(scenario, changes, options.data)
+    resolved = resolve_scenario(scenario, changes, options.data, options.cache)
     folder = claim(options.out, resolved.plan.hash, resume=options.resume)
     display = progress or Progress(metric="", epsilon_target=None, enabled=False)
     with PeakMemory() as memory:

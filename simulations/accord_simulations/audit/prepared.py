@@ -35,7 +35,7 @@ def prepare_audit(
     """
     noise = changes.get("privacy.noise", scenario.plan.get("privacy", {}).get("noise", "site"))
     forced = {"secure_aggregation.mode": "off"} if noise == "site" else {}
-    resolved = resolve_scenario(scenario, {**changes, **forced}, data)
+    resolved = resolve_scenario(scenario, {**changes, **forced}, data, cache)
     plan = resolved.plan
     if plan.privacy.noise not in ("site", "cohort"):
         raise PlanError(f'privacy.noise = "{plan.privacy.noise}": the audit needs "cohort" or "site"')
