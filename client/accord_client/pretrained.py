@@ -7,6 +7,7 @@ passed over, a tokenizer without its vocabulary has five tokens. Each site would
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -270,15 +271,15 @@ def _bits(tensor: Tensor) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what transformers says of its own: what matters of it is raised."""
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
-    before = logging.get_verbosity()  # type: ignore[no-untyped-call]
-    logging.set_verbosity(logging.CRITICAL)  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    before = theirs.get_verbosity()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        logging.set_verbosity(before)  # type: ignore[no-untyped-call]
+        theirs.set_verbosity(before)
 
 
 # --- the tokenizer
