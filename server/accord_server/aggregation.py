@@ -6,7 +6,7 @@ round never sees a single site's update.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,6 +34,16 @@ class Aggregate:
     """Sites that have released all that the plan grants them."""
     forfeited: bool = False
     """Sites helped to open a sum that did not open: they take part in no other attempt of the round."""
+    begun: bool = True
+    """Whether sites were asked for updates at all: without enough of them that are ready nobody is."""
+
+
+Begin = Callable[[tuple[str, ...]], None]
+"""Told of the sites that are about to be asked for updates, before they are; what it raises ends the attempt."""
+
+
+def unnoted(members: tuple[str, ...]) -> None:
+    """For whoever keeps no note of attempts."""
 
 
 class Aggregation(Protocol):
@@ -41,8 +51,12 @@ class Aggregation(Protocol):
 
     trips: int
     """Trips of a round in steady state."""
+    bound: bool
+    """Whether a further attempt of a round may ask only sites that the one before asked."""
 
-    def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
+    def collect(
+        self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange, begin: Begin = unnoted
+    ) -> Aggregate:
         """Ask `cohort` to train and return the sum over those that finished (possibly none)."""
 
 
@@ -50,17 +64,21 @@ class PlainAggregation:
     """The coordinator sees each update and adds it: one trip, O(dimension) memory, no protection from it."""
 
     trips = 1
+    bound = False
 
     def __init__(self, extra_coordinates: int = 0) -> None:
         self._extra = extra_coordinates
         self._exhausted: set[str] = set()
 
-    def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
+    def collect(
+        self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange, begin: Begin = unnoted
+    ) -> Aggregate:
         """Sum what arrives, as it arrives; a malformed update counts as a failure of its site."""
         total = np.zeros(request.weights.shape[0] + self._extra, dtype=np.float64)
         survivors: list[str] = []
         failures: dict[str, str] = {}
         uploaded = 0
+        begin(cohort)
         for site, reply in exchange.send(dict.fromkeys(cohort, request)):
             if isinstance(reply, Failure):
                 failures[site] = reply.reason

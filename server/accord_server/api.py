@@ -20,7 +20,7 @@ from accord_server.runs import ACTIVE, Runs
 from accord_server.settings import CoordinatorSettings
 from accord_server.sites import Sites
 from accord_shared import __version__
-from accord_shared.errors import Refused
+from accord_shared.errors import OutputError, Refused
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc as services
 from accord_shared.service.rpc import add_health_and_reflection, chunks, peer_certificate
@@ -65,8 +65,12 @@ class FederationService(services.FederationServicer):
 
     def Hello(self, request: pb.HelloRequest, context: grpc.ServicerContext) -> pb.HelloReply:  # noqa: N802
         """A sign of life, and what is new."""
-        site = self._site(context)
-        reply = self._sites.hello(site, request)
+        try:
+            site = self._site(context)
+            reply = self._sites.hello(site, request)
+        except OutputError:
+            self._sites.hear(peer_certificate(context), request)
+            raise
         reply.authorities = self._authority.authorities()
         if site.state == "approved":
             reply.roster = self._rosters.hash
@@ -215,3 +219,7 @@ class CoordinatorService(services.CoordinatorServicer):
     def ResumeRun(self, request: pb.RunName, context: grpc.ServicerContext) -> pb.RunInfo:  # noqa: N802
         """Continue a run."""
         return self._runs.resume(request.run)
+
+    def GiveUpRun(self, request: pb.RunName, context: grpc.ServicerContext) -> pb.RunInfo:  # noqa: N802
+        """End a run for good."""
+        return self._runs.give_up(request.run)

@@ -1,15 +1,19 @@
 """A run on disk: after each round, enough to continue at the next one as if nothing had happened.
 
 `checkpoint/state.json` names the tensor file of its round and that file's SHA-256; the tensor file is
-written first, so a crash between the two leaves the previous round whole.
+written first, so a crash between the two leaves the previous round whole. The last few rounds are kept: what a bad
+disk made of the newest is not the end of the run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +25,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from accord_server.optimizer import State
-from accord_shared.errors import CheckpointError
+from accord_shared.errors import CheckpointError, OutputError
 from accord_shared.files import make_folder, write_atomic
 from accord_shared.vectors import check_finite
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
+KEPT = 3
+"""Rounds on disk."""
+ROOM_BESIDE = 1 << 16
+"""Bytes held free for a checkpoint beside its tensors and its history."""
 Float64 = npt.NDArray[np.float64]
 
 
@@ -43,6 +53,18 @@ class Checkpoint:
     averaged_count: int
     history: tuple[dict[str, Any], ...] = field(default_factory=tuple)
     """Public facts of each finished round, as JSON values."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The newest attempt that sites may have answered; they answer none twice, and no earlier round again."""
+
+    round: int = 0
+    attempt: int = 0
+    cohort: tuple[str, ...] = ()
+    """Whom it asked: sites may refuse a further attempt of the round that asks others."""
+    closed: bool = False
+    """The round is not tried again, whatever came of it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +98,7 @@ class CheckpointFolder:
         self._seal = seal
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write it durably, then drop the tensor file of the round before.
+        """Write it durably, then drop what is older than the last `KEPT` rounds.
 
         Raises:
             OutputError: the disk is full or the folder cannot be written.
@@ -88,6 +110,7 @@ class CheckpointFolder:
         name = f"round-{checkpoint.round:05d}.safetensors"
         if self._seal is not None:
             data = self._seal.close(data, f"{checkpoint.run_id}/{name}")
+        self._room.unlink(missing_ok=True)
         write_atomic(self._folder / name, data)
         state = {
             "format": FORMAT,
@@ -100,52 +123,118 @@ class CheckpointFolder:
             "sha256": _sha256(data),
             "history": list(checkpoint.history),
         }
-        write_atomic(self._folder / "state.json", json.dumps(state, indent=1).encode())
-        for old in self._folder.glob("round-*.safetensors"):
-            if old.name != name:
-                old.unlink(missing_ok=True)
+        text = json.dumps(state, indent=1).encode()
+        write_atomic(self._folder / f"state-{checkpoint.round:05d}.json", text, durable=False)
+        write_atomic(self._folder / "state.json", text)
+        self._prune(checkpoint.round)
 
-    def begin_attempt(self, round_number: int, attempt: int) -> None:
-        """Note durably that an attempt begins: sites answer no attempt twice, so none may be asked for again."""
-        make_folder(self._folder)
-        write_atomic(self._folder / "attempt.json", json.dumps([round_number, attempt]).encode())
+    def _prune(self, newest: int) -> None:
+        """Only the last rounds stay; none is newer than what was just written."""
+        kept = {f"{number:05d}" for number in range(newest - KEPT + 1, newest + 1)}
+        for pattern in ("round-*.safetensors", "state-*.json"):
+            for old in self._folder.glob(pattern):
+                if old.stem.rpartition("-")[2] not in kept:
+                    old.unlink(missing_ok=True)
 
-    def attempts(self, round_number: int) -> int:
-        """Attempts of a round that were begun, also before a crash.
+    # --- attempts
+
+    @property
+    def _room(self) -> Path:
+        return self._folder / "room"
+
+    def begin(self, begun: Begun, room: int = 0) -> None:
+        """Note durably that an attempt begins, before any site is asked.
+
+        `room` bytes are held on the disk for the checkpoint of its round: a sum that cannot be kept was released in
+        vain.
 
         Raises:
-            CheckpointError: the note is damaged.
+            OutputError: the disk is full or the folder cannot be written; no site needs to know.
         """
-        path = self._folder / "attempt.json"
-        if not path.exists():
-            return 0
+        make_folder(self._folder)
+        if room:
+            self._hold(room + ROOM_BESIDE)
+        write_atomic(self._folder / "attempt.json", json.dumps(asdict(begun)).encode())
+
+    def _hold(self, room: int) -> None:
         try:
-            noted, attempt = (int(value) for value in json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
-        return attempt if noted == round_number else 0
+            descriptor = os.open(self._room, os.O_CREAT | os.O_RDWR, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, room)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            with suppress(OSError):
+                self._room.unlink(missing_ok=True)
+            raise OutputError(f"no room for a checkpoint in {self._folder}: {error.strerror}") from error
+
+    def begun(self) -> Begun:
+        """The newest attempt that was begun, also before a crash. A note that is damaged closes the round it was of."""
+        path = self._folder / "attempt.json"
+        try:
+            found = json.loads(path.read_text())
+            values = int(found["round"]), int(found["attempt"]), tuple(map(str, found["cohort"]))
+            return Begun(*values, closed=bool(found["closed"]))
+        except FileNotFoundError:
+            return Begun()
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.error("%s cannot be read (%s): its round is not tried again", path, type(error).__name__)
+            return Begun(self._newest() + 1, closed=True)
+
+    def _newest(self) -> int:
+        """The newest round that was finished, by the names of the files alone."""
+        found = (path.stem.rpartition("-")[2] for path in self._folder.glob("state-*.json"))
+        return max((int(number) for number in found if number.isdecimal()), default=0)
+
+    # --- reading
 
     def load(self, plan_hash: str) -> Checkpoint | None:
-        """The last finished round, or None where no round has finished.
+        """The last finished round that is whole, or None where no round has finished.
 
         Raises:
-            CheckpointError: damaged, of a newer format, or of another plan.
+            CheckpointError: none is whole; or one is of a newer format, of another plan, or under another key.
         """
-        path = self._folder / "state.json"
-        if not path.exists():
+        found = [path for path in (self._folder / "state.json", *self._older()) if path.exists()]
+        if not found:
             return None
-        try:
-            state = json.loads(path.read_text())
-            data = (self._folder / state["tensors"]).read_bytes()
-            if state["format"] != FORMAT:
-                raise CheckpointError(f"{path} has format {state['format']}, this version reads {FORMAT}")
-            if state["plan_hash"] != plan_hash:
-                raise CheckpointError(f"{path} belongs to plan {state['plan_hash'][:12]}…, not to {plan_hash[:12]}…")
-            if _sha256(data) != state["sha256"]:
-                raise CheckpointError(f"{self._folder / state['tensors']} is damaged: its SHA-256 differs")
-            return _checkpoint(state, load(self._opened(state, data)))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        damage: list[str] = []
+        for path, state in sorted(self._states(found, damage), key=lambda item: -item[1]["round"]):
+            _check_fits(path, state, plan_hash)
+            try:
+                checkpoint = self._read(path, state)
+            except (_Damaged, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                damage.append(f"{path} cannot be used: {error}")
+                continue
+            for line in damage:
+                log.error(
+                    "%s: the run falls back to round %d", line, checkpoint.round, extra={"run": checkpoint.run_id}
+                )
+            return checkpoint
+        raise CheckpointError(damage[0])
+
+    def _older(self) -> list[Path]:
+        return sorted(self._folder.glob("state-*.json"), reverse=True)
+
+    @staticmethod
+    def _states(paths: list[Path], damage: list[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """States by their files, each round once."""
+        seen: set[int] = set()
+        for path in paths:
+            try:
+                state = json.loads(path.read_text())
+                number = int(state["round"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                damage.append(f"{path} cannot be read: {error}")
+                continue
+            if number not in seen:
+                seen.add(number)
+                yield path, state
+
+    def _read(self, path: Path, state: dict[str, Any]) -> Checkpoint:
+        data = (self._folder / state["tensors"]).read_bytes()
+        if _sha256(data) != state["sha256"]:
+            raise _Damaged(f"{state['tensors']} is damaged: its SHA-256 differs")
+        return _checkpoint(state, load(self._opened(state, data)))
 
     def _opened(self, state: dict[str, Any], data: bytes) -> bytes:
         if not state.get("encrypted", False):
@@ -153,6 +242,18 @@ class CheckpointFolder:
         if self._seal is None:
             raise CheckpointError(f"{self._folder} is encrypted: rounds.encrypt_checkpoints is off")
         return self._seal.open(data, f"{state['run_id']}/{state['tensors']}")
+
+
+class _Damaged(Exception):
+    """A file holds other bytes than were written."""
+
+
+def _check_fits(path: Path, state: dict[str, Any], plan_hash: str) -> None:
+    """What an older checkpoint would not mend."""
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {state.get('format')}, this version reads {FORMAT}")
+    if state.get("plan_hash") != plan_hash:
+        raise CheckpointError(f"{path} belongs to plan {str(state.get('plan_hash'))[:12]}…, not to {plan_hash[:12]}…")
 
 
 def _checkpoint(state: dict[str, Any], tensors: dict[str, Any]) -> Checkpoint:

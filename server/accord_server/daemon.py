@@ -19,7 +19,7 @@ import grpc
 from accord_server.api import CoordinatorService, EnrolmentService, FederationService
 from accord_server.audit import AuditLog
 from accord_server.authority import Authority
-from accord_server.database import Database
+from accord_server.database import Claim, Database
 from accord_server.enrolment import Registrar
 from accord_server.flower import SuperLink
 from accord_server.metrics import Metrics
@@ -121,6 +121,7 @@ class Daemon:
         identity = read_identity(paths.identity)
         self._authority = Authority.load(folder, settings)
         self._database = Database(paths.database_url(settings), database_password())
+        self._claim = Claim(self._database)
         self._audit = AuditLog(self._database)
         self._metrics = Metrics()
         link = SuperLinkSettings(
@@ -147,26 +148,31 @@ class Daemon:
             self._sites,
             self._rosters,
             self._metrics,
+            self._claim.check,
         )
 
     def serve(self) -> None:
         """Until `stopping` is set; then rounds come to their end, and nothing is left behind.
 
         Raises:
+            AlreadyRunning: another coordinator drives the runs of the same database.
             Unreachable: a port is taken, or the SuperLink does not start.
         """
         with ExitStack() as stack:
             stack.callback(self._database.close)
+            stack.callback(self._claim.close)
+            self._claim.take()
             stack.callback(self._process.stop)
             self._audit.note("coordinator.started", self._settings.federation)
             stack.callback(self._audit.note, "coordinator.stopped", self._settings.federation)
             self._start_superlink()
             listen = self._settings.listen
             stack.enter_context(exposed(self._metrics.registry, listen.metrics_host, listen.metrics))
+            self._runs.resume_all()  # before anybody can ask: what is shown as active is driven
+            stack.callback(self._runs.drain, 0.0)
             for server in self._servers():
                 server.start()
                 stack.callback(_stop, server)
-            self._runs.resume_all()
             stack.callback(self._runs.drain, DRAIN_S)
             log.info("the coordinator serves", extra={"federation": self._settings.federation, "pid": os.getpid()})
             notify.ready(f"federation {self._settings.federation}")
@@ -193,10 +199,11 @@ class Daemon:
         yield local_server(self._paths.control, "coordinator", operator.add_to)
 
     def _start_superlink(self) -> None:
-        self._process.start(self._superlink, self.stopping)
-        if not self.stopping.is_set():
-            self._superlink.stop_runs()
-            self._sites.admit_all()
+        with self._superlink.held():
+            self._process.start(self._superlink, self.stopping)
+            if not self.stopping.is_set():
+                self._superlink.stop_runs()
+                self._sites.admit_all()
 
     def _watch(self) -> None:
         """Look after everything until it is time to stop."""
@@ -205,29 +212,40 @@ class Daemon:
             notify.alive()
             if not self._process.is_alive():
                 log.error("the SuperLink ended: it is started again")
-                self._audit.note("superlink.restarted", self._settings.federation)
                 with _logged("the SuperLink"):
                     self._start_superlink()
+                with _logged("the audit log"):
+                    self._audit.note("superlink.restarted", self._settings.federation)
             if time.monotonic() - upkept >= UPKEEP_S:
                 upkept = time.monotonic()
-                with _logged("upkeep"):
-                    self._keep_up()
+                for what, look_after in (
+                    ("upkeep", self._keep_up),
+                    ("the SuperLink's keys", self._sites.admit_all),
+                    ("metrics", self._show),
+                ):
+                    with _logged(what):  # one that fails keeps no other from its turn
+                        look_after()
 
     def _keep_up(self) -> None:
-        """Logs, certificates, keys that the SuperLink was not told of, metrics."""
+        """Logs and certificates."""
         self._process.trim_log()
         if self._authority.renew_server_if_due():
             self._audit.note("certificate.renewed", "server")
         self._process.read_certificate()
-        self._sites.admit_all()
+
+    def _show(self) -> None:
+        """What Prometheus reads; first what must be seen while the database is away."""
+        self._metrics.superlink.set(self._superlink.is_ready())
+        self._metrics.database.set(0)
+        self._metrics.show_runs(info.state for info in self._runs.all())
+        self._claim.check()
         self._metrics.show_sites(self._sites.list())
         self._metrics.show_certificates(
             int(self._authority.server_expiry().timestamp() * 1e6),
             int(self._authority.certificate().not_valid_after_utc.timestamp() * 1e6),
         )
-        self._metrics.show_runs(info.state for info in self._runs.all())
         self._metrics.show_audit(self._audit.head()[0])
-        self._metrics.superlink.set(self._superlink.is_ready())
+        self._metrics.database.set(1)
 
 
 def _stop(server: grpc.Server) -> None:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import BigInteger, Boolean, ForeignKey, Integer, String, Text, create_engine, event, select, text
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from accord_shared.errors import OutputError, SettingsError
+from accord_shared.errors import AlreadyRunning, OutputError, SettingsError
+from accord_shared.files import only_one
 
 SCHEMA_VERSION = 1
 AUDIT_START = hashlib.sha256(b"accord/1/audit").hexdigest()
 """The hash before the audit log's first entry."""
 BUSY_S = 60
 _LOCK = 0xACC04D
+_CLAIM = 0xACC04E
+_TRY_CLAIM = "SELECT pg_try_advisory_lock(:key, hashtext(current_schema()))"
+_PATIENCE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+"""Of connections to PostgreSQL, so that a server that vanished is noticed."""
+CLAIM_S = 5.0
+"""How long a claim waits for a holder that is just ending: a coordinator that is restarted."""
 """Of PostgreSQL: one process at a time makes the tables."""
 
 
@@ -180,11 +189,15 @@ class Database:
     @contextmanager
     def session(self) -> Iterator[Session]:
         """One transaction: all of it is durable at the end, or nothing happened. Objects stay readable after it."""
-        try:
-            with self._sessions.begin() as session:
-                yield session
-        except SQLAlchemyError as error:
-            raise OutputError(f"cannot use the database {self.where}: {_line(error)}") from error
+        with _typed(self.where), self._sessions.begin() as session:
+            yield session
+
+    def connection(self) -> Connection:
+        """A connection of its own, outside the pool and without transactions."""
+        with _typed(self.where):
+            connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            connection.detach()
+            return connection
 
     def close(self) -> None:
         """Close all connections."""
@@ -208,10 +221,93 @@ class Database:
                 session.add(AuditHead(id=1, seq=0, hash=AUDIT_START))
 
 
+class Claim:
+    """That one process alone drives the runs of a database: a lock held as long as it lives, for any thread.
+
+    PostgreSQL: an advisory lock of a connection; whoever loses the connection has lost the claim until `check` has it
+    again. SQLite: a lock on a file beside the database's.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._file = ExitStack()
+
+    def take(self) -> None:
+        """Claim it.
+
+        Raises:
+            AlreadyRunning: another process has it.
+            OutputError: the database fails.
+        """
+        what = f"a coordinator that drives the runs of {self._database.where}"
+        if self._database.path is not None:
+            lock = self._database.path.with_name(self._database.path.name + ".lock")
+            try:
+                self._file.enter_context(only_one(lock, what))
+            except OSError as error:
+                raise OutputError(f"cannot use {lock}: {error.strerror}") from None
+            return
+        deadline = time.monotonic() + CLAIM_S
+        while not self._claimed():
+            if time.monotonic() > deadline:
+                raise AlreadyRunning(f"{what} is running already")
+            time.sleep(0.2)
+
+    def check(self) -> None:
+        """Be sure of the claim, and take it anew where the connection was lost.
+
+        Raises:
+            AlreadyRunning: another process has it by now, or the server has not noticed yet that this one lost it.
+            OutputError: the database fails.
+        """
+        if self._database.path is None and not self._claimed():
+            raise AlreadyRunning(f"another coordinator drives the runs of {self._database.where}")
+
+    def _claimed(self) -> bool:
+        with self._lock, _typed(self._database.where):
+            if self._connection is not None:
+                try:
+                    self._connection.scalar(select(1))
+                except SQLAlchemyError:
+                    self._drop()
+                else:
+                    return True
+            connection = self._database.connection()
+            try:
+                if connection.scalar(text(_TRY_CLAIM), {"key": _CLAIM}):
+                    self._connection = connection
+            finally:
+                if self._connection is None:
+                    connection.close()
+            return self._connection is not None
+
+    def _drop(self) -> None:
+        with suppress(SQLAlchemyError):
+            if self._connection is not None:
+                self._connection.close()
+        self._connection = None
+
+    def close(self) -> None:
+        """Give it up."""
+        with self._lock:
+            self._drop()
+        self._file.close()
+
+
+@contextmanager
+def _typed(where: str) -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise OutputError(f"cannot use the database {where}: {_line(error)}") from error
+
+
 def _options(url: URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": BUSY_S}}
-    return {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}
+    return {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10, **_PATIENCE}}
 
 
 def _private_file(url: URL) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,11 +44,18 @@ class Exchange(Protocol):
     def restarted(self) -> frozenset[str]:
         """Sites whose process is another than the one that joined."""
 
-    def ready(self, minimum: int) -> None:
-        """Wait until so many can be asked.
+    def ready(self, minimum: int, among: Collection[str] | None = None) -> bool:
+        """Wait until so many, of these sites, can be asked. False: enough can, but too few of these come back.
 
         Raises:
             RoundAborted: they do not come in time.
+            Interrupted: the run was asked to stop.
+        """
+
+    def rest(self, in_vain: int) -> None:
+        """Pause after so many attempts in a row that came to nothing, longer after each.
+
+        Raises:
             Interrupted: the run was asked to stop.
         """
 
@@ -93,8 +100,12 @@ class LocalExchange:
         """None of them."""
         return frozenset()
 
-    def ready(self, minimum: int) -> None:
+    def ready(self, minimum: int, among: Collection[str] | None = None) -> bool:
         """They are here."""
+        return among is None or len(among) >= minimum
+
+    def rest(self, in_vain: int) -> None:
+        """Nothing changes meanwhile."""
 
     def send(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Reply]]:
         """Ask each site in turn."""

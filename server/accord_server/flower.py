@@ -60,7 +60,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from accord_server.superlink import SuperLinkSettings
-from accord_shared.errors import Aborted
+from accord_shared.errors import Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ MOST_OBJECTS = 10_000
 """Of a reply."""
 MOST_REPLY = 1 << 30
 """Bytes of a reply."""
+STARTING_S = 10.0
+"""A run waits so long at a time for the process to be started."""
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -81,13 +83,19 @@ class SuperLink:
     def __init__(self, settings: SuperLinkSettings) -> None:
         self._settings = settings
         self._starting = threading.Lock()
-        """Held from a run's start until its task is acquired, lest another start takes it."""
+        """Held from a run's start until its task is acquired, lest another takes it; and while the process starts."""
         token = settings.control_token.get_secret_value()
         self._control = _client(ControlHttpClient, settings.socket, _Bearer(token))
 
     def close(self) -> None:
         """Close the connection; another call opens it again."""
         self._control.close()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While the process starts and is rid of what an older one left: a run that began meanwhile would go too."""
+        with self._starting:
+            yield
 
     def is_ready(self) -> bool:
         """Whether the process answers."""
@@ -133,13 +141,17 @@ class SuperLink:
         """Start a Flower run and be its executor.
 
         Raises:
-            Aborted: Flower does not hand the run out.
+            Unreachable: the process is being started, or Flower does not hand the run out; trying again helps.
         """
-        with self._starting:
+        if not self._starting.acquire(timeout=STARTING_S):
+            raise Unreachable("the SuperLink is being started")
+        try:
             started = self._control.StartRun(StartRunRequest(fab=fab_to_proto(_bundle())))
             if not started.run_id:
-                raise Aborted("Flower did not start a run")
+                raise Unreachable("Flower did not start a run")
             grid = FastGrid(self._settings.socket, self._acquire(started.run_id))
+        finally:
+            self._starting.release()
         client = grid._runtime_client
         heartbeat = HeartbeatSender(lambda: _beat(client))
         heartbeat.start()
@@ -147,7 +159,7 @@ class SuperLink:
         try:
             task = client.PullTaskInput(PullTaskInputRequest())
             if task.run.run_id != started.run_id:
-                raise Aborted("Flower handed out another run than the coordinator's")
+                raise Unreachable("Flower handed out another run than the coordinator's")
             grid.take(run_from_proto(task.run), task.task_id)
             yield grid
             status, details = SubStatus.COMPLETED, ""
@@ -156,7 +168,8 @@ class SuperLink:
                 heartbeat.stop()
             with suppress(httpx.HTTPError, OSError):
                 client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
-            self.stop_run(started.run_id)
+            with suppress(httpx.HTTPError, OSError):  # its end is no reason to lose what the run came to
+                self.stop_run(started.run_id)
             grid.close()
 
     def _acquire(self, flower_run: int) -> str:
@@ -172,7 +185,7 @@ class SuperLink:
                     return str(task.token)
                 log.warning("a run that the coordinator did not start is ended: %d", task.task.run_id)
                 self.stop_run(task.task.run_id)
-        raise Aborted("Flower did not hand out the run")
+        raise Unreachable("Flower did not hand out the run")
 
 
 class FastGrid(HttpGrid):

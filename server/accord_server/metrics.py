@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from accord_shared.service.pb import accord_pb2 as pb
 
 SITE_STATES = ("pending", "approved", "revoked")
-RUN_STATES = ("waiting", "running", "stopped", "aborted", "finished")
+RUN_STATES = ("waiting", "running", "stopped", "aborted", "finished", "given-up")
 _ROUND_S = (0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600)
 
 
@@ -35,6 +35,7 @@ class Metrics:
         self.upload = Counter("accord_upload_bytes", "Bytes that sites sent in rounds.", **kept)
         self.download = Counter("accord_download_bytes", "Bytes that sites were sent in rounds.", **kept)
         self.superlink = Gauge("accord_superlink_up", "Whether the SuperLink answers.", **kept)
+        self.database = Gauge("accord_database_up", "Whether the coordinator's database answers.", **kept)
         self._audit_entries = 0
         self._skewed: set[str] = set()
         self._expiring: set[str] = set()

@@ -6,35 +6,51 @@ import hashlib
 import json
 import logging
 import secrets
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from safetensors.numpy import save
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from accord_server.aggregation import Aggregation, PlainAggregation
 from accord_server.app import FlowerExchange, Timing
 from accord_server.audit import AuditLog
-from accord_server.checkpoint import CheckpointFolder, Seal
+from accord_server.backoff import Backoff
+from accord_server.checkpoint import Begun, CheckpointFolder, Seal
 from accord_server.database import Database, ReceiptRow, RoundRow, RunRow
 from accord_server.flower import SuperLink
 from accord_server.metrics import Metrics
 from accord_server.rosters import Rosters
-from accord_server.rounds import Coordinator, RoundReport
+from accord_server.rounds import Coordinator, Hooks, RoundReport
 from accord_server.secagg import SecureAggregation
 from accord_server.settings import CoordinatorFolder, CoordinatorSettings
-from accord_server.sites import Sites
+from accord_server.sites import ONLINE_S, Sites
 from accord_server.witness import Witness
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.canonical import decimal_string
 from accord_shared.dp.accounting import noise_multiplier
-from accord_shared.errors import AccordError, BadInput, Interrupted, PlanError, RosterError, Unreachable
+from accord_shared.errors import (
+    AccordError,
+    AlreadyRunning,
+    BadInput,
+    Interrupted,
+    OutputError,
+    PlanError,
+    RosterError,
+    Unreachable,
+)
 from accord_shared.files import make_folder, write_atomic
 from accord_shared.identity import Identity
 from accord_shared.messages import Enquiry
@@ -47,12 +63,21 @@ from accord_shared.vectors import Vector, check_finite
 log = logging.getLogger(__name__)
 
 ACTIVE = ("waiting", "running")
+OVER = ("finished", "given-up")
 GRACE_S = 10.0
 ASK_AGAIN_S = 2.0
+REST_S = 2.0
+"""Pause after the first attempt at a round that came to nothing."""
 RETRY_S = 1.0
-"""Pause before a run goes on after the SuperLink failed."""
-NODES_S = 2.0
-"""For how long Flower's list of nodes is held."""
+"""First pause before a run goes on after the SuperLink, the disk or the database failed."""
+MOST_RETRY_S = 30.0
+LOOK_S = 0.5
+"""How soon a run that waits sees that it is to stop."""
+NODES_S = 15.0
+"""For how long Flower's list of nodes is held, unless sites are let in or out."""
+LINK_FAULTS = (httpx.HTTPError, ConnectionError, Unreachable)
+OWN_FAULTS = (OutputError, AlreadyRunning, SQLAlchemyError, OSError)
+"""Of the coordinator's disk or database: no site hears of them, and a run waits until they are over."""
 
 
 class SitePresence:
@@ -62,36 +87,57 @@ class SitePresence:
         self._sites = sites
         self._most_skew_s = most_skew_s
         self._names: dict[int, str] = {}
-        self._read_at = float("-inf")
+        self._read_at, self._read_of = float("-inf"), -1
+        self._seen = sites.changes
 
     def name_of(self, node: int) -> str:
         """The approved site of a node; empty for a node of none."""
-        now = time.monotonic()
-        if now - self._read_at > NODES_S:  # known ones too: a site may be revoked, or have a new key
-            self._read_at = now
-            self._names = {number: name for name, number in self._sites.nodes().items()}
+        now, changes = time.monotonic(), self._sites.changes
+        if changes != self._read_of or now - self._read_at > NODES_S:  # a site may be revoked, or have a new key
+            self._read_at, self._read_of = now, changes
+            try:
+                self._names = {number: name for name, number in self._sites.nodes().items()}
+            except OutputError as error:  # nobody is let in or out while the database is away
+                log.warning("the sites' nodes are not read anew: %s", error)
         return self._names.get(node, "")
 
     def boot(self, site: str) -> str:
         """The agent that was heard of last."""
         return self._sites.presence(site).boot if site else ""
 
+    def heard(self, site: str) -> float | None:
+        """When it last said hello (monotonic)."""
+        return self._sites.presence(site).heard
+
     def is_there(self, site: str) -> bool:
         """Heard of lately, not paused by its operator, and with a clock that lets it answer."""
         if not site:
             return False
         known = self._sites.presence(site)
-        return known.online(time.time()) and known.state != "paused" and abs(known.skew_s) <= self._most_skew_s
+        lately = time.monotonic() - known.heard <= ONLINE_S
+        return lately and known.state != "paused" and abs(known.skew_s) <= self._most_skew_s
+
+    def wait(self, seconds: float) -> bool:
+        """Until a site comes, goes on, or is let in or out."""
+        before, self._seen = self._seen, self._sites.wait(self._seen, seconds)
+        return self._seen != before
 
 
 @dataclass
 class _Active:
     """A run whose thread is alive."""
 
-    thread: threading.Thread
+    thread: threading.Thread | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     """Stop now."""
     by_operator: bool = False
+    trouble: str = ""
+    """What it waits for that its row in the database cannot tell of."""
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread's end."""
+        if self.thread is not None:
+            self.thread.join(max(0.0, seconds))
 
 
 class Runs:
@@ -108,10 +154,12 @@ class Runs:
         sites: Sites,
         rosters: Rosters,
         metrics: Metrics,
+        claim: Callable[[], None] = lambda: None,
     ) -> None:
+        """`claim` raises where the runs of the database are not (any more) this process' to drive."""
         self._database, self._audit, self._folder, self._settings = database, audit, folder, settings
         self._identity, self._superlink, self._sites = identity, superlink, sites
-        self._rosters, self._metrics = rosters, metrics
+        self._rosters, self._metrics, self._claim = rosters, metrics, claim
         self._active: dict[str, _Active] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition()
@@ -120,6 +168,9 @@ class Runs:
         self._documents: dict[str, SignedModel] = {}
         """Of finished runs: every hello of a site asks for them."""
         self._round_began: dict[str, float] = {}
+        self._known: dict[str, pb.RunInfo] = {}
+        """As the database had them when it last answered."""
+        self._receipts_due = False
 
     # --- for the operator
 
@@ -129,7 +180,8 @@ class Runs:
         Raises:
             PlanError: it is malformed, or needs a roster that is not there or too small.
             ImpostorError: the signature does not verify.
-            BadInput: the initial weights do not fit, or the plan has a run that is not at its end.
+            BadInput: the initial weights do not fit, or the plan has a run that is not at its end, or rounds of it
+                that nobody answers again.
         """
         plan = Plan.from_json(request.plan)
         self._check_roster(plan)
@@ -140,29 +192,50 @@ class Runs:
         run = f"{plan.run.name}-{secrets.token_hex(4)}"
         folder = self._folder.runs / run
         now = _now_us()
-        with self._lock, self._database.session() as session:
-            open_runs = select(RunRow.run).where(RunRow.plan_hash == plan.hash, RunRow.state != "finished")
-            other = session.scalar(open_runs)
-            if other is not None:
-                raise BadInput(f"run {other} of this plan is not at its end: resume it, or change the plan's name")
-            make_folder(folder)
-            write_atomic(folder / "initial.f32", initial.astype("<f4").tobytes())
-            write_atomic(folder / "plan.json", plan.to_json().encode())
-            row = RunRow(
-                run=run,
-                name=plan.run.name,
-                plan_hash=plan.hash,
-                plan=plan.to_json(),
-                signature=signature.to_json(),
-                state="waiting",
-                rounds=plan.run.rounds,
-                started_us=now,
-                changed_us=now,
-            )
-            session.add(row)
-            self._audit.add(session, "run.started", run, plan=plan.hash, signer=signature.key.fingerprint)
-        self._launch(run)
+        row = RunRow(
+            run=run,
+            name=plan.run.name,
+            plan_hash=plan.hash,
+            plan=plan.to_json(),
+            signature=signature.to_json(),
+            state="waiting",
+            rounds=plan.run.rounds,
+            started_us=now,
+            changed_us=now,
+        )
+        with self._lock:
+            try:
+                with self._database.session() as session:
+                    self._write_new(session, plan, folder, initial)
+                    session.add(row)
+                    self._audit.add(session, "run.started", run, plan=plan.hash, signer=signature.key.fingerprint)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            self._known[run] = _info(row)
+            self._launch(run)
         return self.info(run)
+
+    def _write_new(self, session: Session, plan: Plan, folder: Path, initial: Vector) -> None:
+        """A new run's folder, unless another run of the plan is in its way."""
+        before = session.scalars(select(RunRow).where(RunRow.plan_hash == plan.hash)).all()
+        for other in before:
+            if other.state not in OVER:
+                raise BadInput(
+                    f"run {other.run} of this plan is not at its end: resume it, give it up, or change the plan's name"
+                )
+        given_up = [row.run for row in before if row.state == "given-up"]
+        spent = max((CheckpointFolder(self._checkpoints(name)).begun().round for name in given_up), default=0)
+        if spent >= plan.run.rounds:
+            raise BadInput(f"all {spent} rounds of this plan were begun by runs that were given up: change its name")
+        make_folder(folder)
+        write_atomic(folder / "initial.f32", initial.astype("<f4").tobytes())
+        write_atomic(folder / "plan.json", plan.to_json().encode())
+        if spent:  # sites answer none of these again
+            CheckpointFolder(folder / "checkpoint").begin(Begun(spent, closed=True))
+
+    def _checkpoints(self, run: str) -> Path:
+        return self._folder.runs / run / "checkpoint"
 
     def _check_roster(self, plan: Plan) -> None:
         if plan.secure_aggregation.mode == "off":
@@ -188,25 +261,47 @@ class Runs:
                 raise BadInput(f"run {run} is not active")
             active.by_operator = True
             active.stopping.set()
-        active.thread.join(30)
+        active.join(30)
         return self.info(run)
 
     def resume(self, run: str) -> pb.RunInfo:
         """Continue a run that was stopped or aborted.
 
         Raises:
-            BadInput: there is no such run, it is active, or at its end.
+            BadInput: there is no such run, it is active, at its end, or given up.
         """
         info = self.info(run)
-        if info.state == "finished":
-            raise BadInput(f"run {run} is at its end")
         with self._lock:
-            if run in self._active:
-                raise BadInput(f"run {run} is active")
-            self._audit.note("run.resumed", run, round=info.round)
-            self._set(run, "waiting", "resumed by the operator")
+            self._check_idle(info)
+            with self._database.session() as session:
+                row = session.get_one(RunRow, run)
+                row.state, row.detail, row.changed_us = "waiting", "resumed by the operator", _now_us()
+                self._audit.add(session, "run.resumed", run, round=info.round)
             self._launch(run)
         return self.info(run)
+
+    def give_up(self, run: str) -> pb.RunInfo:
+        """End a run that was stopped or aborted for good: it can not be resumed, and its plan may have a new one.
+
+        Raises:
+            BadInput: there is no such run, it is active, at its end, or given up.
+        """
+        info = self.info(run)
+        with self._lock:
+            self._check_idle(info)
+            with self._database.session() as session:
+                row = session.get_one(RunRow, run)
+                row.detail = f"by the operator, was {info.state}: {row.detail}"[:500].rstrip(": ")
+                row.state, row.changed_us = "given-up", _now_us()
+                self._audit.add(session, "run.given-up", run, round=info.round)
+        self._tell()
+        return self.info(run)
+
+    def _check_idle(self, info: pb.RunInfo) -> None:
+        if info.state in OVER:
+            raise BadInput(f"run {info.run} is {'at its end' if info.state == 'finished' else 'given up'}")
+        if info.run in self._active:
+            raise BadInput(f"run {info.run} is active")
 
     def info(self, run: str) -> pb.RunInfo:
         """One run.
@@ -214,16 +309,40 @@ class Runs:
         Raises:
             BadInput: there is none of this name.
         """
-        with self._database.session() as session:
-            row = session.get(RunRow, run)
-            if row is None:
-                raise BadInput(f"there is no run {run[:64]!r}")
-            return _info(row)
+        found = next((info for info in self.all() if info.run == run), None)
+        if found is None:
+            raise BadInput(f"there is no run {run[:64]!r}")
+        return found
 
     def all(self) -> tuple[pb.RunInfo, ...]:
-        """All runs, oldest first."""
-        with self._database.session() as session:
-            return tuple(_info(row) for row in session.scalars(select(RunRow).order_by(RunRow.started_us)))
+        """All runs, oldest first. While the database is away: as they were, and what each that is active waits for.
+
+        Raises:
+            OutputError: the database is away, and was since this process began.
+        """
+        try:
+            with self._database.session() as session:
+                rows = session.scalars(select(RunRow).order_by(RunRow.started_us)).all()
+                found = {row.run: _info(row) for row in rows}
+        except OutputError:
+            with self._lock:
+                found = dict(self._known)
+            if not found:
+                raise
+        with self._lock:
+            self._known = found
+            return tuple(self._as_it_is(info) for info in found.values())
+
+    def _as_it_is(self, known: pb.RunInfo) -> pb.RunInfo:
+        """What the database says, corrected by what this process knows: only a run that has a thread is active."""
+        info = pb.RunInfo()
+        info.CopyFrom(known)
+        active = self._active.get(info.run)
+        if active is not None and active.trouble:
+            info.state, info.detail = "waiting", active.trouble
+        elif active is None and info.state in ACTIVE and not self._draining.is_set():
+            info.state, info.detail = "stopped", "nobody drives it: `accord server resume` goes on"
+        return info
 
     def watch(self, run: str, is_heard: Callable[[], bool]) -> Iterator[pb.RunEvent]:
         """Where a run stands, then each change with the rounds that were finished, until it is not active."""
@@ -243,8 +362,11 @@ class Runs:
 
     def _reports(self, run: str, after: int) -> list[tuple[int, str]]:
         query = select(RoundRow).where(RoundRow.run == run, RoundRow.round > after).order_by(RoundRow.round)
-        with self._database.session() as session:
-            return [(row.round, row.report) for row in session.scalars(query)]
+        try:
+            with self._database.session() as session:
+                return [(row.round, row.report) for row in session.scalars(query)]
+        except OutputError:  # later
+            return []
 
     # --- for the sites
 
@@ -294,11 +416,13 @@ class Runs:
 
     def resume_all(self) -> None:
         """Continue what was active when the coordinator stopped."""
-        for info in self.all():
-            if info.state in ACTIVE:
-                log.info("the run goes on", extra={"run": info.run, "round": info.round})
-                self._audit.note("run.continued", info.run, round=info.round)
-                self._launch(info.run)
+        with self._database.session() as session:
+            active = session.scalars(select(RunRow).where(RunRow.state.in_(ACTIVE)).order_by(RunRow.started_us)).all()
+            for row in active:
+                self._audit.add(session, "run.continued", row.run, round=row.round)
+        for row in active:
+            log.info("the run goes on", extra={"run": row.run, "round": row.round})
+            self._launch(row.run)
 
     def drain(self, seconds: float) -> None:
         """Let rounds come to their end for so long, then stop; active runs stay active in the database."""
@@ -307,58 +431,109 @@ class Runs:
             active = list(self._active.values())
         deadline = time.monotonic() + seconds
         for one in active:
-            one.thread.join(max(0.0, deadline - time.monotonic()))
+            one.join(deadline - time.monotonic())
         for one in active:
             one.stopping.set()
         for one in active:
-            one.thread.join(10)
+            one.join(10)
 
     # --- a run's thread
 
     def _launch(self, run: str) -> None:
         with self._lock:
-            thread = threading.Thread(target=self._drive, args=(run,), name=f"run-{run}", daemon=True)
-            self._active[run] = _Active(thread)
-            thread.start()
+            active = self._active[run] = _Active()
+            active.thread = threading.Thread(target=self._drive, args=(run, active), name=f"run-{run}", daemon=True)
+            active.thread.start()
 
-    def _drive(self, run: str) -> None:
-        active = self._active[run]
+    def _drive(self, run: str, active: _Active) -> None:
         try:
-            state, detail = self._until_done(run, active)
+            try:
+                state, detail = self._until_done(run, active)
+            except BaseException as error:
+                log.exception("the run failed", extra={"run": run})
+                state, detail = "aborted", f"internal error: {type(error).__name__}"
+            if state:
+                self._end(run, active, state, detail)
         finally:
             with self._lock:
                 self._active.pop(run, None)
-        if state:
-            self._set(run, state, detail)
-            self._audit.note(f"run.{state}", run, detail=detail)
-        self._tell()
+            self._tell()
 
     def _until_done(self, run: str, active: _Active) -> tuple[str, str]:
         """State and detail at the end; an empty state where the coordinator stops and the run does not."""
+        backoff = Backoff(RETRY_S, MOST_RETRY_S)
         while True:
             try:
-                self._attempt(run, active)
+                return "finished", self._attempt(run, active)
             except Interrupted:
                 break
-            except (httpx.HTTPError, ConnectionError, Unreachable) as error:
-                log.warning("the SuperLink failed (%s): the run goes on soon", type(error).__name__, extra={"run": run})
-                self._set(run, "waiting", "for the SuperLink")
-                if self._draining.is_set() or active.stopping.wait(RETRY_S):
-                    break
+            except LINK_FAULTS as error:
+                self._trouble(run, active, f"for the SuperLink ({type(error).__name__})")
+            except FileNotFoundError as error:
+                return "aborted", f"a file of the run is missing: {Path(str(error.filename)).name}"
+            except OWN_FAULTS as error:
+                self._trouble(run, active, _own_fault(error))
             except AccordError as error:
                 if self._draining.is_set():  # its sites may be stopping too: the next start tries again
                     break
                 log.error("the run aborted: %s", error, extra={"run": run})
                 return "aborted", f"{type(error).__name__}: {error}"
-            except Exception as error:
-                log.exception("the run failed", extra={"run": run})
-                return "aborted", f"internal error: {type(error).__name__}"
-            else:
-                return "finished", ""
+            if self._to_stop(active, backoff.pause_s()):
+                break
         return ("stopped", "by the operator") if active.by_operator else ("", "")
 
-    def _attempt(self, run: str, active: _Active) -> None:
-        """Drive a run from its last checkpoint to its end."""
+    def _trouble(self, run: str, active: _Active, what: str) -> None:
+        """The run waits for something of the coordinator's own; its row cannot say so where that is the database."""
+        log.warning("the run waits %s", what, extra={"run": run})
+        active.trouble = what[:500]
+        self._tell()
+
+    def _to_stop(self, active: _Active, seconds: float) -> bool:
+        """After a pause, or as soon as the run or the coordinator is to stop."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if self._draining.is_set() or active.stopping.wait(min(left, LOOK_S)):
+                return True
+        return False
+
+    def _kept(self, run: str, active: _Active, write: Callable[[], None]) -> None:
+        """Write what must not be lost: what sites released is theirs no more. Again for as long as it fails.
+
+        Raises:
+            Interrupted: the run was asked to stop before it could be written.
+        """
+        backoff = Backoff(RETRY_S, MOST_RETRY_S)
+        while True:
+            try:
+                self._claim()
+                write()
+            except OWN_FAULTS as error:
+                self._trouble(run, active, _own_fault(error))
+                if active.stopping.wait(backoff.pause_s()):
+                    raise Interrupted("asked to stop while a round could not be written") from None
+            else:
+                active.trouble = ""
+                return
+
+    def _end(self, run: str, active: _Active, state: str, detail: str) -> None:
+        """Note how the run ended, for as long as that fails and this process is there."""
+        backoff = Backoff(RETRY_S, MOST_RETRY_S)
+        while True:
+            try:
+                with self._database.session() as session:
+                    row = session.get_one(RunRow, run)
+                    row.state, row.detail, row.changed_us = state, detail[:500], _now_us()
+                    self._audit.add(session, f"run.{state}", run, detail=detail)
+            except OWN_FAULTS as error:
+                self._trouble(run, active, f"to be noted as {state}, {_own_fault(error)}")
+                if self._draining.wait(backoff.pause_s()):
+                    return
+            else:
+                return
+
+    def _attempt(self, run: str, active: _Active) -> str:
+        """Drive a run from its last checkpoint to its end; why that came before its last round, if so."""
+        self._claim()
         with self._database.session() as session:
             row = session.get_one(RunRow, run)
         plan = Plan.from_json(row.plan)
@@ -371,22 +546,38 @@ class Runs:
             run,
             initial,
             aggregation=self._aggregation(plan, roster, len(initial)),
-            checkpoints=CheckpointFolder(folder / "checkpoint", self._seal()),
-            observer=lambda report, weights: self._observe(run, report),
+            checkpoints=CheckpointFolder(self._checkpoints(run), self._seal()),
+            observer=lambda report, weights: self._observe(run, active, report),
+            hooks=Hooks(
+                guard=partial(self._guard, run),
+                keep=partial(self._kept, run, active),
+                in_vain=partial(self._note_in_vain, run),
+            ),
         )
-        roster_hash = roster.hash if roster is not None else ""
-        enquiry = Enquiry(
-            PROTOCOL_VERSION,
-            run,
-            row.plan,
-            row.plan_hash,
-            roster_hash,
-            plan_signature=row.signature,
-            noise_multiplier=decimal_string(noise_multiplier(plan)),
-        )
+        self._catch_up(run, coordinator.history)
+        weights = coordinator.weights
+        if coordinator.finished_rounds < plan.run.rounds:
+            roster_hash = roster.hash if roster is not None else ""
+            enquiry = Enquiry(
+                PROTOCOL_VERSION,
+                run,
+                row.plan,
+                row.plan_hash,
+                roster_hash,
+                plan_signature=row.signature,
+                noise_multiplier=decimal_string(noise_multiplier(plan)),
+            )
+            weights = self._train(run, active, plan, enquiry, coordinator)
+        self._finish(run, plan, coordinator, weights)
+        return coordinator.ended
+
+    def _train(self, run: str, active: _Active, plan: Plan, enquiry: Enquiry, coordinator: Coordinator) -> Vector:
+        """The rounds that are left."""
         rounds = self._settings.rounds
-        timing = Timing(rounds.trip_timeout_s, rounds.join_timeout_s, grace_s=GRACE_S, ask_again_s=ASK_AGAIN_S)
-        self._set(run, "waiting", f"for {plan.cohort.minimum} sites")
+        timing = Timing(
+            rounds.trip_timeout_s, rounds.join_timeout_s, grace_s=GRACE_S, ask_again_s=ASK_AGAIN_S, rest_s=REST_S
+        )
+        self._set(run, active, "waiting", f"for {plan.cohort.minimum} sites")
         with self._superlink.run() as grid:
             exchange = FlowerExchange(
                 grid,
@@ -397,10 +588,22 @@ class Runs:
                 self._draining.is_set,
             )
             exchange.join(plan.cohort.minimum, plan.cohort.size)
-            self._set(run, "running", f"{len(exchange.sites())} sites")
+            self._set(run, active, "running", f"{len(exchange.sites())} sites")
             self._round_began[run] = time.monotonic()
-            weights = coordinator.run(exchange)
-        self._finish(run, plan, coordinator, weights)
+            return coordinator.run(exchange)
+
+    def _guard(self, run: str, number: int, attempt: int) -> None:
+        """Before sites are asked: the runs are still ours to drive, and what comes of this one can be written."""
+        self._claim()
+        with self._database.session() as session:
+            row = session.get_one(RunRow, run)
+            row.changed_us = _now_us()
+            if attempt > 1:
+                row.detail = f"attempt {attempt} at round {number}"
+
+    def _note_in_vain(self, run: str, number: int, attempt: int) -> None:
+        self._metrics.aborted.inc()
+        log.warning("attempt %d at round %d came to nothing", attempt, number, extra={"run": run})
 
     def _aggregation(self, plan: Plan, roster: Roster | None, dimension: int) -> Aggregation:
         if roster is None:
@@ -420,6 +623,15 @@ class Runs:
             return self._witnesses[roster.hash]
 
     def _keep_receipts(self, text: str) -> None:
+        """In mid-attempt: a database that fails costs no attempt, and is told with the round's end."""
+        try:
+            self._write_receipts(text)
+            self._receipts_due = False
+        except OutputError as error:
+            log.warning("receipts of ledgers are written later: %s", error)
+            self._receipts_due = True
+
+    def _write_receipts(self, text: str) -> None:
         with self._database.session() as session:
             known = {row.site: row for row in session.scalars(select(ReceiptRow))}
             for site, receipt in json.loads(text).items():
@@ -433,33 +645,54 @@ class Runs:
             return None
         return Seal(AESGCM(self._identity.derive(b"checkpoint")))
 
-    def _observe(self, run: str, report: RoundReport) -> None:
+    def _observe(self, run: str, active: _Active, report: RoundReport) -> None:
         """After each round's checkpoint.
 
         Raises:
             Interrupted: the coordinator is stopping.
         """
-        now, text = _now_us(), json.dumps(report.to_json())
-        with self._database.session() as session:
-            row = session.get_one(RunRow, run)
-            row.round, row.changed_us = report.round, now
-            row.metrics = json.dumps(dict(report.released))
-            row.sites = json.dumps(sorted({*json.loads(row.sites), *report.survivors}))
-            row.detail = f"{len(report.survivors)} of {report.cohort} sites finished round {report.round}"
-            session.merge(RoundRow(run=run, round=report.round, report=text, finished_us=now))
-            self._audit.add(
-                session,
-                "round.finished",
-                run,
-                round=report.round,
-                survivors=list(report.survivors),
-                aborted_attempts=report.aborted_attempts,
-            )
+        self._kept(run, active, lambda: self._write_rounds(run, [report.to_json()], report.round))
+        if self._receipts_due:
+            with self._lock:
+                witnesses = list(self._witnesses.values())
+            for witness in witnesses:
+                witness.keep()
         self._count(run, report)
         log.info("round %d is done", report.round, extra={"run": run, "survivors": len(report.survivors)})
         self._tell()
         if self._draining.is_set():
             raise Interrupted("the coordinator is stopping")
+
+    def _catch_up(self, run: str, history: Sequence[Mapping[str, Any]]) -> None:
+        """Tell the database of rounds that were finished when it was away or the coordinator died."""
+        with self._database.session() as session:
+            known = set(session.scalars(select(RoundRow.round).where(RoundRow.run == run)))
+            before = session.get_one(RunRow, run).round
+        missing = [report for report in history if report["round"] not in known]
+        if missing or before != len(history):
+            self._write_rounds(run, missing, len(history))
+        if before > len(history):
+            self._audit.note("run.fell-back", run, round=len(history), was=before)
+
+    def _write_rounds(self, run: str, reports: Sequence[Mapping[str, Any]], reached: int) -> None:
+        now = _now_us()
+        with self._database.session() as session:
+            row = session.get_one(RunRow, run)
+            row.round, row.changed_us = reached, now
+            for report in reports:
+                number, survivors = int(report["round"]), list(report["survivors"])
+                row.metrics = json.dumps(dict(report["released"]))
+                row.sites = json.dumps(sorted({*json.loads(row.sites), *survivors}))
+                row.detail = f"{len(survivors)} of {report['cohort']} sites finished round {number}"
+                session.merge(RoundRow(run=run, round=number, report=json.dumps(dict(report)), finished_us=now))
+                self._audit.add(
+                    session,
+                    "round.finished",
+                    run,
+                    round=number,
+                    survivors=survivors,
+                    aborted_attempts=report["aborted_attempts"],
+                )
 
     def _count(self, run: str, report: RoundReport) -> None:
         now = time.monotonic()
@@ -467,7 +700,6 @@ class Runs:
             self._metrics.round_s.observe(now - self._round_began[run])
         self._round_began[run] = now
         self._metrics.rounds.inc()
-        self._metrics.aborted.inc(report.aborted_attempts)
         self._metrics.upload.inc(report.upload_bytes)
         self._metrics.download.inc(report.download_bytes)
 
@@ -491,10 +723,11 @@ class Runs:
         write_atomic(folder / "model.json", signed.to_json().encode())
         log.info("the run is finished", extra={"run": run, "rounds": coordinator.finished_rounds})
 
-    def _set(self, run: str, state: str, detail: str) -> None:
+    def _set(self, run: str, active: _Active, state: str, detail: str) -> None:
         with self._database.session() as session:
             row = session.get_one(RunRow, run)
             row.state, row.detail, row.changed_us = state, detail[:500], _now_us()
+        active.trouble = ""
         self._tell()
 
     def _tell(self) -> None:
@@ -514,6 +747,11 @@ def _initial(data: bytes) -> Vector:
     weights = np.frombuffer(data, dtype="<f4").astype(np.float32)
     check_finite(weights, "the initial weights")
     return weights
+
+
+def _own_fault(error: BaseException) -> str:
+    line = str(error) if isinstance(error, AccordError) else f"{type(error).__name__} {getattr(error, 'strerror', '')}"
+    return f"for the coordinator's disk or database: {line}"
 
 
 def _info(row: RunRow) -> pb.RunInfo:

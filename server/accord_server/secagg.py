@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from accord_server.aggregation import Aggregate
+from accord_server.aggregation import Aggregate, Begin, unnoted
 from accord_server.exchange import Exchange, Failure
 from accord_server.membership import Membership
 from accord_server.witness import Witness
@@ -23,9 +23,11 @@ from accord_shared.errors import (
     Interrupted,
     LedgerBehind,
     LedgerRolledBack,
+    OutputError,
     ProtocolError,
     RoundOpened,
     SessionLost,
+    Unreachable,
 )
 from accord_shared.messages import MaskedUpload, MaskRequest, Message, Opened, SurvivorsSigned, TrainRequest
 from accord_shared.plan import Plan
@@ -50,6 +52,8 @@ class SecureAggregation:
     performance flag: in how many the coordinator takes masks away.
     """
 
+    bound = True  # R2
+
     def __init__(
         self,
         plan: Plan,
@@ -69,17 +73,27 @@ class SecureAggregation:
         """The last round whose updates were asked for, and the cohort of its first attempt."""
         self.trips = 3 if self._terms.mode == "malicious" else 2
 
-    def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
-        """One attempt. Without survivors nothing was opened; `forfeited` says whether sites helped in vain."""
+    def collect(
+        self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange, begin: Begin = unnoted
+    ) -> Aggregate:
+        """One attempt. Without survivors nothing was opened; `forfeited` says whether sites helped in vain.
+
+        Raises:
+            OutputError, Unreachable: the coordinator's own database, disk or SuperLink fails: no fault of any site.
+        """
         self._terms = replace(self._terms, run_id=request.run_id)
         trips = _Trips(exchange, self._membership, self._terms)
-        opening = False
+        opening = begun = False
         total, survivors = np.zeros(0), tuple[str, ...]()
         for name in exchange.restarted():
             self._membership.lose(name)
         try:
             members = self._members(self._allowed(request.round, cohort), trips)
+            if len(members) < self._terms.minimum:  # an update without enough others would be released in vain
+                raise ProtocolError(f"{len(members)} sites are ready, a sum needs {self._terms.minimum}")
             attempt = self._begin(request, members)
+            begin(members)
+            begun = True
             collector = self._collector(attempt)
             self._collect_uploads(attempt, request, collector, trips)
             certified = collector.close()
@@ -91,11 +105,11 @@ class SecureAggregation:
             trips.gather(attempt.cohort, openings, Opened, collector.add_opening)
             total = decode(collector.finish(threads=self._threads), self._terms.encoding, len(collector.survivors))
             survivors = tuple(members[index] for index in collector.survivors)
-        except Interrupted:
+        except (Interrupted, OutputError, Unreachable):
             raise
         except AccordError as error:
             trips.failures["the attempt"] = f"{type(error).__name__}: {error}"
-        return self._aggregate(total, survivors, trips, opening=opening)
+        return replace(self._aggregate(total, survivors, trips, opening=opening), begun=begun)
 
     def _aggregate(
         self, total: npt.NDArray[np.float64], survivors: tuple[str, ...], trips: _Trips, *, opening: bool
@@ -183,7 +197,7 @@ class SecureAggregation:
             collector.add_upload(index, upload)
             self._note_upload(attempt.cohort[index], told[attempt.cohort[index]], upload)
 
-        trips.gather(attempt.cohort, requests, MaskedUpload, add)
+        trips.gather(attempt.cohort, requests, MaskedUpload, add, least=self._terms.minimum)
         self._membership.witness.keep()
 
     def _note_upload(self, name: str, told: Mapping[str, tuple[bytes, bytes]], upload: MaskedUpload) -> None:
@@ -225,10 +239,17 @@ class _Trips:
         requests: Mapping[int, Message],
         due: type[_Due],
         add: Callable[[int, _Due], object],
+        least: int = 0,
     ) -> None:
-        """One trip of the protocol; `add` takes in each reply of the kind that is due, or refuses it."""
+        """One trip of the protocol; `add` takes in each reply of the kind that is due, or refuses it.
+
+        Nobody is asked where fewer than `least` can be by now.
+        """
         index = {name: place for place, name in enumerate(cohort)}
-        for name, reply in self._run({cohort[place]: request for place, request in requests.items()}):
+        wanted = {cohort[place]: request for place, request in requests.items()}
+        if least and len(reachable := wanted.keys() & set(self.exchange.present())) < least:
+            raise ProtocolError(f"{len(reachable)} of the sites are still there, a sum needs {least}: none was asked")
+        for name, reply in self._run(wanted):
             if not isinstance(reply, due):
                 self.failures[name] = f"ProtocolError: a {type(reply).__name__} came"
                 continue

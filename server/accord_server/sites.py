@@ -62,6 +62,8 @@ class Presence:
     boot: str = ""
     seen_s: float = 0.0
     """Unix time; 0: never since the coordinator started."""
+    heard: float = float("-inf")
+    """The same, monotonic: a clock that is set keeps no site away."""
     skew_s: float = 0.0
     """The site's clock minus the coordinator's."""
     state: str = ""
@@ -92,6 +94,22 @@ class Sites:
         self._admitting = threading.RLock()
         """Held while the SuperLink is told of keys: a list of keys that is out of date by then would undo a word."""
         self._presence: dict[str, Presence] = {}
+        self._names: dict[str, str] = {}
+        """Sites by the digest of the key that they showed last, for while the database is away."""
+        self._changed = threading.Condition()
+        self.changes = 0
+        """Counts what `wait` waits for."""
+
+    def wait(self, seen: int, seconds: float) -> int:
+        """Until `changes` is not `seen` any more, at most so long: sites come, pause, or are let in or out."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.changes != seen, seconds)
+            return self.changes
+
+    def _tell(self) -> None:
+        with self._changed:
+            self.changes += 1
+            self._changed.notify_all()
 
     # --- for the operator
 
@@ -126,6 +144,7 @@ class Sites:
             key, info = current_key(session, name), self._info(session, site)
         with self._admitting, _superlink(f"{name!r} is approved"):
             self._superlink.admit(key.public_key.encode())
+        self._tell()
         return info
 
     def revoke(self, name: str) -> pb.SiteInfo:
@@ -150,6 +169,8 @@ class Sites:
             info = self._info(session, site)
         with self._lock:
             self._presence.pop(name, None)
+            self._names = {digest: site for digest, site in self._names.items() if site != name}
+        self._tell()
         with self._admitting, _superlink(f"{name!r} is revoked"):
             for key in keys:
                 self._superlink.expel(key.public_key.encode())
@@ -192,6 +213,9 @@ class Sites:
             old = self._promoted(session, site, found) if found.state == "next" else None
         if old is not None:
             self._replace(site, old, found)
+        with self._lock:
+            self._names = {digest: known for digest, known in self._names.items() if known != name}
+            self._names[found.digest] = name
         return site
 
     def _promoted(self, session: Session, site: Site, new: SiteKey) -> SiteKey | None:
@@ -210,6 +234,7 @@ class Sites:
             if site.state == "approved":
                 self._superlink.admit(new.public_key.encode())
             self._superlink.expel(old.public_key.encode())
+        self._tell()
 
     def hello(self, site: Site, request: pb.HelloRequest, now: float | None = None) -> pb.HelloReply:
         """Note that a site is there; the answer, which still lacks authorities, roster and models.
@@ -230,9 +255,19 @@ class Sites:
             renew=site.renew or self._is_due(key, at),
         )
 
+    def hear(self, certificate: x509.Certificate, request: pb.HelloRequest) -> None:
+        """Note that a site is there while the database is away: its key was the right one when it was last asked."""
+        _check(request)
+        key = certificate.public_key()
+        with self._lock:
+            name = self._names.get(key_digest(key)) if isinstance(key, EllipticCurvePublicKey) else None
+        if name is not None:
+            self._note(name, request, self._clock())
+
     def _note(self, name: str, request: pb.HelloRequest, now: float) -> None:
         with self._lock:
             known = self._presence.setdefault(name, Presence())
+            before = known.boot, known.state, known.online(now)
             if request.boot in known.superseded:
                 raise NotAdmitted("another agent runs under this identity")
             if request.boot != known.boot:
@@ -242,6 +277,10 @@ class Sites:
                 known.boot = request.boot
             known.seen_s, known.state, known.roster = now, request.state, request.roster
             known.skew_s, known.version = request.clock_us / 1e6 - now, request.version
+            known.heard = time.monotonic()
+            changed = before != (known.boot, known.state, True)
+        if changed:
+            self._tell()
 
     def presence(self, name: str) -> Presence:
         """What was last heard of a site since the coordinator started."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,17 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from accord_server.app import FlowerExchange, Timing
 from accord_server.exchange import Failure
-from accord_shared.errors import Interrupted, PlanNotApproved, RoundAborted
+from accord_shared.errors import (
+    AccordError,
+    Interrupted,
+    OutputError,
+    PlanNotApproved,
+    PrivacyError,
+    ProtocolError,
+    RoundAborted,
+    RoundOpened,
+    SessionLost,
+)
 from accord_shared.messages import Enquiry, Joined, Message, Refusal, SurvivorsRequest
 from accord_shared.wire import decode, encode
 
@@ -68,6 +79,7 @@ class Known:
     names: dict[int, str]
     boots: dict[str, str]
     away: set[str] = field(default_factory=set)
+    hellos: dict[str, float] = field(default_factory=dict)
 
     def name_of(self, node: int) -> str:
         return self.names.get(node, "")
@@ -77,6 +89,16 @@ class Known:
 
     def is_there(self, site: str) -> bool:
         return site in self.boots and site not in self.away
+
+    def heard(self, site: str) -> float:
+        return self.hellos.get(site, 0.0)
+
+    def wait(self, seconds: float) -> bool:
+        time.sleep(seconds)
+        return False
+
+    def hello(self, site: str) -> None:
+        self.hellos[site] = time.monotonic()
 
 
 @pytest.fixture(autouse=True)
@@ -258,6 +280,136 @@ def test_draining_takes_a_trip_to_its_end() -> None:
     trips.join(3, 3)
     trips._draining = lambda: True
     assert dict(trips.send(dict.fromkeys("abc", REQUEST))) == dict.fromkeys("abc", REQUEST)
+
+
+def test_who_failed_counts_again_once_it_was_heard_of_and_joined_anew() -> None:
+    nodes, known = three()
+    trips = exchange(nodes, known, replace(QUICK, trip_timeout_s=0.2))
+    trips.join(3, 3)
+    nodes.answers[2] = None
+    assert isinstance(dict(trips.send(dict.fromkeys("abc", REQUEST)))["b"], Failure)
+    nodes.answers[2] = joins("b")
+    nodes.sent.clear()
+    for _ in range(3):
+        assert sorted(trips.present()) == ["a", "c"]
+        assert dict(trips.send({"a": REQUEST})) == {"a": REQUEST}
+    assert {node for node, _ in nodes.sent} == {1}  # a site that says nothing is not asked either
+    known.hello("b")
+    dict(trips.send({"a": REQUEST}))
+    assert sorted(trips.present()) == ["a", "b", "c"]
+    assert [type(request) for node, request in nodes.sent if node == 2] == [Enquiry]
+
+
+@pytest.mark.parametrize("kind", [PrivacyError, OutputError])
+def test_who_cannot_work_counts_again_once_it_can(kind: type[AccordError]) -> None:
+    """Its disk is full, say: it says hello, and would spoil each attempt."""
+    nodes, known = three()
+    trips = exchange(nodes, known)
+    trips.join(3, 3)
+    nodes.answers[2] = lambda request: Refusal.of(kind("no"))
+    assert isinstance(dict(trips.send(dict.fromkeys("abc", REQUEST)))["b"], Failure)
+    for _ in range(3):
+        known.hello("b")
+        dict(trips.send({"a": REQUEST}))
+        assert sorted(trips.present()) == ["a", "c"]
+    nodes.answers[2] = joins("b")
+    time.sleep(0.1)
+    dict(trips.send({"a": REQUEST}))
+    assert sorted(trips.present()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("kind", [ProtocolError, RoundOpened, SessionLost])
+def test_who_refuses_one_attempt_alone_goes_on_counting(kind: type[AccordError]) -> None:
+    nodes, known = three()
+    trips = exchange(nodes, known)
+    trips.join(3, 3)
+    nodes.answers[2] = lambda request: Refusal.of(kind("not this one"))
+    assert isinstance(dict(trips.send(dict.fromkeys("abc", REQUEST)))["b"], Failure)
+    assert sorted(trips.present()) == ["a", "b", "c"]
+
+
+def test_who_says_goodbye_is_neither_asked_nor_waited_for() -> None:
+    nodes, known = three()
+    trips = exchange(nodes, known, replace(QUICK, trip_timeout_s=60.0))
+    trips.join(3, 3)
+    nodes.answers[2] = None
+    timer = threading.Timer(0.2, lambda: nodes.answers.pop(2))  # Flower lists it no more
+    timer.start()
+    replies = dict(trips.send(dict.fromkeys("abc", REQUEST)))
+    timer.join()
+    assert replies["b"] == Failure("the site said goodbye")
+    nodes.sent.clear()
+    assert dict(trips.send(dict.fromkeys("abc", REQUEST)))["b"] == Failure("the site is not connected")
+    assert {node for node, _ in nodes.sent} == {1, 3}
+
+
+def test_a_round_that_only_some_may_finish_waits_for_these_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accord_server.app.COME_BACK_S", 0.3)
+    nodes, known = three()
+    trips = exchange(nodes, known)
+    trips.join(3, 3)
+    assert trips.ready(2, {"a", "b"})
+    known.away.add("b")
+    timer = threading.Timer(0.1, known.away.clear)
+    timer.start()
+    assert trips.ready(2, {"a", "b"})
+    timer.join()
+    known.away.add("b")
+    assert not trips.ready(2, {"a", "b"})  # a and c are there to go on without it
+    known.away.add("c")
+    with pytest.raises(RoundAborted, match="1 of 3 sites joined"):
+        exchange_with(trips, join_timeout_s=0.5).ready(2, {"a", "b"})
+
+
+def test_rest_between_attempts_grows_and_ends_at_once_when_asked_to_stop() -> None:
+    nodes, known = three()
+    trips = exchange(nodes, known, replace(QUICK, rest_s=0.1))
+    pauses = []
+    for in_vain in (0, 1, 3):
+        began = time.monotonic()
+        trips.rest(in_vain)
+        pauses.append(time.monotonic() - began)
+    assert pauses[0] < 0.04 < pauses[1] < 0.19 < pauses[2]
+    exchange(nodes, known).rest(9)  # a simulation does not wait
+    with pytest.raises(Interrupted):
+        exchange(nodes, known, replace(QUICK, rest_s=60.0), stopping=lambda: True).rest(1)
+    with pytest.raises(Interrupted):
+        exchange(nodes, known, replace(QUICK, rest_s=60.0), draining=lambda: True).rest(1)
+
+
+def test_a_wait_for_sites_looks_rarely_and_ends_when_they_come() -> None:
+    nodes, known = three()
+    known.away.update("bc")
+    trips = exchange(nodes, known)
+    trips.join(1)
+    trips._changed_at -= 3600  # for an hour nobody came
+    looks = 0
+    online = nodes.get_node_ids
+
+    def counted() -> list[int]:
+        nonlocal looks
+        looks += 1
+        return online()
+
+    nodes.get_node_ids = counted  # type: ignore[method-assign]
+    came = threading.Event()
+
+    def wait(seconds: float) -> bool:
+        return came.wait(seconds)
+
+    known.wait = wait  # type: ignore[method-assign]
+
+    def come() -> None:
+        known.away.clear()
+        came.set()
+
+    timer = threading.Timer(1.0, come)
+    timer.start()
+    began = time.monotonic()
+    trips.join(3)
+    timer.join()
+    assert time.monotonic() - began < 1.9
+    assert looks < 12
 
 
 def test_a_greeting_that_a_dead_process_took_is_repeated() -> None:

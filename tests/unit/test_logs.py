@@ -6,6 +6,9 @@ import json
 import logging
 import os
 import socket
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -25,8 +28,11 @@ def _restored() -> Iterator[None]:
     """The loggers of the other tests."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
     known = {name: (logging.getLogger(name).level, logging.getLogger(name).handlers[:]) for name in ("flwr", "httpx")}
     yield
+    sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+    logging.captureWarnings(False)
     root.handlers[:] = handlers
     root.setLevel(level)
     for name, (its_level, its_handlers) in known.items():
@@ -79,6 +85,33 @@ def test_libraries_are_quiet_and_have_no_handlers_of_their_own(capfd: pytest.Cap
     library.warning("trouble")
     log.debug("told")
     assert [line["message"] for line in lines(capfd)] == ["trouble", "told"]
+
+
+def test_nothing_else_writes_between_the_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    configure()
+
+    def fails() -> None:
+        raise ValueError("the password is hunter2")
+
+    thread = threading.Thread(target=fails)
+    thread.start()
+    thread.join()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(False)
+        logging.captureWarnings(True)
+        warnings.warn("old\nhabits", stacklevel=1)
+
+    class Ends:
+        def __del__(self) -> None:
+            raise ValueError("hunter2")
+
+    Ends()
+    sys.excepthook(KeyError, KeyError("hunter2"), None)
+    found = lines(capfd)
+    assert [line.get("error") for line in found] == ["ValueError", None, "ValueError", "KeyError"]
+    assert "hunter2" not in json.dumps(found)
+    assert "habits" in found[1]["message"]
 
 
 def test_plain_lines_are_one_line_each(capfd: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,7 @@ def test_a_passphrase_encrypts(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
         ("watch", "x"),
         ("stop", "x"),
         ("resume", "x"),
+        ("give-up", "x"),
     ],
 )
 def test_commands_say_that_nobody_runs(run: Run, words: tuple[str, ...]) -> None:
@@ -182,7 +183,7 @@ class Coordinator:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.log = folder.with_name("log")
+        self.log = folder.with_name(f"{folder.name}.log")
         self._process = self._started()
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -255,6 +256,7 @@ def test_a_coordinator_is_commanded(run: Run, up: Coordinator, plan_of: Callable
     banks = _three_sites(run)
     _roster(run, banks)
     _runs(run, plan_of())
+    _second(run, up)
     _archive(run, up)
     _revocation(run, banks)
     for line in up.log.read_text().splitlines():
@@ -324,7 +326,30 @@ def _runs(run: Run, plan: Plan) -> None:
     assert f"accord: run {started['run']} is stopped" in done.err
     assert last(run("resume", started["run"], "--json"))["state"] in ("waiting", "running")
     refused(run("stop", "../x"), "no run '../x'")
+    refused(run("give-up", started["run"]), "is active")
     ok(run("stop", started["run"]))
+    assert last(run("give-up", started["run"], "--json"))["state"] == "given-up"
+    assert "given-up" in ok(run("runs"))
+    refused(run("resume", started["run"]), "is given up")
+    again = last(run("run", "plan.toml", "--initial", "initial.f32", "--json"))
+    assert (again["plan_hash"], again["state"]) == (plan.hash, "waiting")
+    ok(run("stop", again["run"]))
+
+
+def _second(run: Run, up: Coordinator) -> None:
+    """Another coordinator of the same database."""
+    database = f"sqlite:///{(up.folder / 'state.db').absolute()}"
+    ok(run("init", "--federation", "Nord", "--folder", "second", "--database", database))
+    configure(Path("second"))
+    second = Coordinator(Path("second").absolute())
+    with pytest.raises(AssertionError):
+        second.wait()
+    assert second.stop() == 2
+    said = second.log.read_text().splitlines()
+    assert [line for line in said if line.startswith("accord: ")] == [
+        f"accord: a coordinator that drives the runs of {database} is running already"
+    ]
+    assert not [line for line in said if "Traceback" in line]
 
 
 def _archive(run: Run, up: Coordinator) -> None:

@@ -1,4 +1,4 @@
-"""`accord server run|runs|watch|stop|resume`: what the federation trains."""
+"""`accord server run|runs|watch|stop|resume|give-up`: what the federation trains."""
 
 from __future__ import annotations
 
@@ -119,6 +119,14 @@ def resume(name: _Run, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -
 
     with coordinator(folder) as server:
         _shown(server.ResumeRun(pb.RunName(run=name), timeout=CALL_S), as_json)
+
+
+def give_up(name: _Run, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+    """End a stopped or aborted run for good: its alert ends, and its plan may have a new run."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    with coordinator(folder) as server:
+        _shown(server.GiveUpRun(pb.RunName(run=name), timeout=CALL_S), as_json)
 
 
 def _follow(events: Iterable[pb.RunEvent], as_json: bool) -> None:

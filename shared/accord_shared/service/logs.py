@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import traceback
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any
 
 from accord_shared.errors import AccordError, BadInput
@@ -32,6 +34,17 @@ def configure(level: str = "INFO", json: bool = True) -> None:
         library.handlers.clear()  # flwr brings a coloured one
         library.propagate = True
         library.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    sys.excepthook = _uncaught
+    sys.unraisablehook = lambda found: _uncaught(found.exc_type, found.exc_value, found.exc_traceback)
+    threading.excepthook = lambda found: _uncaught(found.exc_type, found.exc_value, found.exc_traceback)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException | None, where: TracebackType | None) -> None:
+    """What nobody caught is a line like any other, not a traceback between lines."""
+    if issubclass(kind, KeyboardInterrupt | SystemExit):
+        return
+    logging.getLogger(__name__).error("an error that nobody caught", exc_info=(kind, error or kind(), where))
 
 
 class JsonLines(logging.Formatter):

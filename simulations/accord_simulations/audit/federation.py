@@ -5,7 +5,7 @@ From a record to what the coordinator decodes nothing is the audit's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from accord_client.data import Examples
 from accord_client.members import LocalMembers
 from accord_client.site import Site
 from accord_client.workspace import Workspace
-from accord_server.aggregation import Aggregate, Aggregation, PlainAggregation
+from accord_server.aggregation import Aggregate, Aggregation, Begin, PlainAggregation, unnoted
 from accord_server.exchange import Exchange, LocalExchange, Reply
 from accord_server.secagg import SecureAggregation
 from accord_shared import PROTOCOL_VERSION
@@ -133,10 +133,12 @@ class Recorder:
     def __init__(
         self, inner: Aggregation, watch: Callable[[Release], None], stopping: Callable[[], bool] = lambda: False
     ) -> None:
-        self.trips = inner.trips
+        self.trips, self.bound = inner.trips, inner.bound
         self._inner, self._watch, self._stopping = inner, watch, stopping
 
-    def collect(self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange) -> Aggregate:
+    def collect(
+        self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange, begin: Begin = unnoted
+    ) -> Aggregate:
         """As the inner aggregation's.
 
         Raises:
@@ -145,7 +147,7 @@ class Recorder:
         if self._stopping():
             raise Interrupted("asked to stop: an audit keeps nothing of an unfinished run")
         listening = _Listening(exchange)
-        aggregate = self._inner.collect(request, cohort, listening)
+        aggregate = self._inner.collect(request, cohort, listening, begin)
         sums: tuple[tuple[tuple[str, ...], Array], ...] = ((aggregate.survivors, aggregate.total),)
         if listening.updates:
             sums = tuple(((site,), update.astype(np.float64)) for site, update in listening.updates.items())
@@ -171,8 +173,11 @@ class _Listening:
     def restarted(self) -> frozenset[str]:
         return self._inner.restarted()
 
-    def ready(self, minimum: int) -> None:
-        self._inner.ready(minimum)
+    def ready(self, minimum: int, among: Collection[str] | None = None) -> bool:
+        return self._inner.ready(minimum, among)
+
+    def rest(self, in_vain: int) -> None:
+        self._inner.rest(in_vain)
 
     def send(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Reply]]:
         for site, reply in self._inner.send(requests):

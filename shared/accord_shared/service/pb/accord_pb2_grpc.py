@@ -460,6 +460,11 @@ class CoordinatorStub:
                 request_serializer=accord__shared_dot_service_dot_pb_dot_accord__pb2.RunName.SerializeToString,
                 response_deserializer=accord__shared_dot_service_dot_pb_dot_accord__pb2.RunInfo.FromString,
                 _registered_method=True)
+        self.GiveUpRun = channel.unary_unary(
+                '/accord.v1.Coordinator/GiveUpRun',
+                request_serializer=accord__shared_dot_service_dot_pb_dot_accord__pb2.RunName.SerializeToString,
+                response_deserializer=accord__shared_dot_service_dot_pb_dot_accord__pb2.RunInfo.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer:
@@ -538,6 +543,12 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GiveUpRun(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -598,6 +609,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
             ),
             'ResumeRun': grpc.unary_unary_rpc_method_handler(
                     servicer.ResumeRun,
+                    request_deserializer=accord__shared_dot_service_dot_pb_dot_accord__pb2.RunName.FromString,
+                    response_serializer=accord__shared_dot_service_dot_pb_dot_accord__pb2.RunInfo.SerializeToString,
+            ),
+            'GiveUpRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.GiveUpRun,
                     request_deserializer=accord__shared_dot_service_dot_pb_dot_accord__pb2.RunName.FromString,
                     response_serializer=accord__shared_dot_service_dot_pb_dot_accord__pb2.RunInfo.SerializeToString,
             ),
@@ -925,6 +941,33 @@ class Coordinator:
             request,
             target,
             '/accord.v1.Coordinator/ResumeRun',
+            accord__shared_dot_service_dot_pb_dot_accord__pb2.RunName.SerializeToString,
+            accord__shared_dot_service_dot_pb_dot_accord__pb2.RunInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GiveUpRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/accord.v1.Coordinator/GiveUpRun',
             accord__shared_dot_service_dot_pb_dot_accord__pb2.RunName.SerializeToString,
             accord__shared_dot_service_dot_pb_dot_accord__pb2.RunInfo.FromString,
             options,
