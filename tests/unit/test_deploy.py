@@ -488,7 +488,7 @@ GROUPS = {"sites", "roster", "audit", "authority", "plan", "policy", "model", "l
 
 def test_the_runbook_names_commands_that_exist(accord_help: Callable[..., str]) -> None:
     text = (DEPLOY / "RUNBOOK.md").read_text()
-    used = set(re.findall(r"accord (server|site|roster|plan) ([a-z]+)(?: ([a-z]+))?", text))
+    used = set(re.findall(r"accord (server|site|roster|plan) ([a-z-]+)(?: ([a-z-]+))?", text))
     assert len(used) > 30
     for part, command, further in sorted(used):
         assert f"\n  {command} " in accord_help(part), f"accord {part} {command}"
