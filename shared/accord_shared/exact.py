@@ -19,7 +19,7 @@ _DIGITS = 50
 
 def written(value: float) -> Decimal:
     """The shortest decimal that reads back as the finite `value`."""
-    return Decimal(repr(value))
+    return Decimal(repr(float(value)))
 
 
 def exact(value: float) -> Fraction:
