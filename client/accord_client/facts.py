@@ -41,20 +41,21 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def secure_facts(plan: Plan, dimension: int) -> dict[str, Any]:
-    """What secure aggregation makes of a plan whose model has `dimension` trainable parameters.
+    """What secure aggregation makes of a plan whose model has `dimension` trainable parameters, `cohort.size` members.
 
     Bytes are those of PROTOCOL.md, section 12, for a whole cohort of which `cohort.minimum` sites survive; in a sparse
     graph with twice the degree of mask partners, as is expected; without the receipt of the site's ledger (about 4 kB).
     """
-    terms = RunTerms.of(plan, "0" * 16, "0" * 64, dimension, noise_multiplier(plan))
-    rule = terms.thresholds(plan.cohort.size)
-    cohort, holders = plan.cohort.size, rule.degree or plan.cohort.size - 1
+    cohort = plan.cohort.size
+    terms = RunTerms.of(plan, "0" * 16, "0" * 64, cohort, dimension, noise_multiplier(plan))
+    rule = terms.thresholds(cohort)
+    holders, choices = rule.degree or cohort - 1, cohort * map_bytes(cohort) if terms.sparse else 0
     partners = min(2 * (rule.degree or cohort), cohort - 1)
     blob = map_bytes(cohort) + SHARE_BYTES * (1 + partners + terms.components) + TAG_BYTES
     opened = SHARE_BYTES * (holders + 1) * (1 + partners * (cohort - plan.cohort.minimum) // cohort)
     up = packed_bytes(terms.bits, terms.dimension) + TAG_BYTES + BUNDLE_BYTES + holders * blob + opened
     certificate = (4 + ED25519_SIGNATURE) * rule.sign if terms.mode == "malicious" else 0
-    down = 4 * dimension + 32 + BUNDLE_BYTES * cohort + 8 * cohort + certificate + holders * blob
+    down = 4 * dimension + 32 + BUNDLE_BYTES * cohort + choices + 8 * cohort + certificate + holders * blob
     facts: dict[str, Any] = {} if terms.noise is None else noise_facts(plan, terms.noise)
     return facts | {
         "upload_bytes_per_site_round": up,

@@ -19,7 +19,6 @@ from accord_shared.messages import (
     MaskedUpload,
     MaskRequest,
     Message,
-    NeighbourRequest,
     Opened,
     OpenRequest,
     SurvivorsRequest,
@@ -33,7 +32,7 @@ from accord_shared.secagg.member import Member
 MOST_RUNS = 8
 """Runs whose secrets are kept; older ones are forgotten."""
 
-SideRequest = NeighbourRequest | IntroduceRequest | SurvivorsRequest
+SideRequest = IntroduceRequest | SurvivorsRequest
 
 
 class Members(Protocol):
@@ -110,11 +109,9 @@ class LocalMembers:
         return known[1]
 
     def answer(self, request: SideRequest) -> Message:
-        """Choose neighbours, introduce, or sign: one at a time, or two threads could choose or sign twice."""
+        """Introduce, or sign: one at a time, or two threads could sign twice."""
         member = self._member(request.run_id)
         with self._lock:
-            if isinstance(request, NeighbourRequest):
-                return member.choose(request)
             if isinstance(request, IntroduceRequest):
                 return member.introduce(request)
             return member.sign(request)

@@ -39,7 +39,6 @@ from accord_shared.messages import (
     MaskedUpload,
     MaskRequest,
     Message,
-    NeighbourRequest,
     Opened,
     OpenRequest,
     Refusal,
@@ -121,7 +120,7 @@ class Site:
                 return self._mask(message)
             if isinstance(message, OpenRequest):
                 return self._open(message)
-            if isinstance(message, NeighbourRequest | IntroduceRequest | SurvivorsRequest):
+            if isinstance(message, IntroduceRequest | SurvivorsRequest):
                 return self._secured().answer(message)
             raise ProtocolError(f"a site has no answer to {type(message).__name__}")
         except AccordError as error:
@@ -194,7 +193,8 @@ class Site:
 
     def _terms(self, plan: Plan, run_id: str) -> RunTerms:
         dimension = self._workspace_of(plan).model.layout.dimension
-        return RunTerms.of(plan, run_id, self._secured().roster.hash, dimension, self._noise_multiplier_of(plan))
+        roster = self._secured().roster
+        return RunTerms.of(plan, run_id, roster.hash, len(roster.members), dimension, self._noise_multiplier_of(plan))
 
     def _secured(self) -> Members:
         if self._members is None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from accord_server.witness import Witness
 from accord_shared.errors import LedgerRolledBack, ProtocolError
-from accord_shared.messages import Enquiry, Introduced, IntroduceRequest, Joined, Message, NeighbourRequest, Neighbours
+from accord_shared.messages import Enquiry, Introduced, IntroduceRequest, Joined, Message
 from accord_shared.roster import Roster
+from accord_shared.secagg.choices import chose
 from accord_shared.secagg.keys import Bundle, Credential, Party, RunTerms, verify_introduction
 
 log = logging.getLogger(__name__)
@@ -25,24 +26,16 @@ class Session:
 
     id: bytes
     credential: bytes
+    choice: bytes
+    """Sparse graph: whom the site chose, a bit map over the roster."""
     bundle: bytes
     """The newest that arrived."""
     answered: bytes = b""
     """The one that came with the newest answer to an enquiry."""
-    known: dict[str, bytes] = field(default_factory=dict)
-    """Sessions of the peers that this site was introduced to."""
     waiting: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
     """Credential and introduction of peers that it is told of with its next request."""
-    chosen: frozenset[str] | None = None
-    """Sparse graph: the neighbours that it chose."""
     ready: bool = False
     """Whether it has introduced itself to everybody who was there before."""
-
-    def is_partner(self, name: str, session: bytes) -> bool:
-        """Whether this site shares a secret with that session, once it has read what waits for it."""
-        if name in self.waiting:
-            return Credential.session_of(self.waiting[name][0]) == session
-        return self.known.get(name) == session
 
 
 class Membership:
@@ -59,8 +52,8 @@ class Membership:
         self._sessions: dict[str, Session] = {}
         self._lost: set[str] = set()
         self._refused: dict[str, bytes] = {}
-        self.run_names: tuple[str, ...] = ()
-        """Sparse graph: the sites among which neighbours are chosen, fixed by the first choice."""
+        self._choices: dict[str, bytes] = {}
+        """What each site chose when it first joined: an honest one never chooses otherwise in a run."""
 
     def __getitem__(self, name: str) -> Session:
         return self._sessions[name]
@@ -97,11 +90,6 @@ class Membership:
             self.stale = False
             wanted |= dict.fromkeys(sorted(self._sessions), enquiry)
         wanted |= {name: replace(enquiry, receipt=data) for name, data in sorted(self._rolled_back.items())}
-        if terms.sparse and fresh:
-            self.run_names = self.run_names or tuple(sorted(self._sessions))
-            choosing = [name for name in fresh if self._sessions[name].chosen is None and name in self.run_names]
-            wanted |= dict.fromkeys(choosing, NeighbourRequest(run_id=terms.run_id, names=self.run_names))
-            fresh = [name for name in fresh if self._sessions[name].chosen is not None]
         for name in fresh:
             peers = self._to_introduce(name)
             self._sessions[name].ready = not peers
@@ -117,8 +105,6 @@ class Membership:
             self._lost.discard(name)  # the exchange keeps the answer; `requests` takes it from there
         elif session is None:
             return
-        elif isinstance(reply, Neighbours) and all(index < len(self.run_names) for index in reply.chosen):
-            session.chosen = frozenset(self.run_names[index] for index in reply.chosen)
         elif isinstance(reply, Introduced) and isinstance(request, IntroduceRequest):
             self._introduce(name, request, reply)
 
@@ -131,9 +117,10 @@ class Membership:
         if current == joined.credential or name in self._lost:
             return
         try:
-            member = self._roster.member(name)
-            credential = Credential.read(joined.credential, terms, member)
-            bundle = Bundle.read(joined.bundle, terms, member)
+            credential = Credential.read(joined.credential, terms, self._roster, name)
+            bundle = Bundle.read(joined.bundle, terms, self._roster.member(name))
+            if self._choices.get(name, credential.choice) != credential.choice:
+                raise ProtocolError("it chose other neighbours before")
             if bundle.session != credential.session:
                 raise ProtocolError("credential and bundle are of two sessions")
             self.witness.see(name, bundle.head, joined.receipt)
@@ -147,8 +134,13 @@ class Membership:
             log.warning("%s is not taken in: %s", name, error)
             self._refused[name] = joined.credential
             return
+        self._choices[name] = credential.choice
         self._sessions[name] = Session(
-            id=credential.session, credential=joined.credential, bundle=joined.bundle, answered=joined.bundle
+            id=credential.session,
+            credential=joined.credential,
+            choice=credential.choice,
+            bundle=joined.bundle,
+            answered=joined.bundle,
         )
 
     def _renew(self, terms: RunTerms, session: Session, name: str, joined: Joined) -> None:
@@ -172,11 +164,11 @@ class Membership:
         )
 
     def _are_neighbours(self, name: str, peer: str) -> bool:
-        """In a complete graph all are; in a sparse one a peer that has not chosen yet introduces itself later."""
-        own, other = self._sessions[name].chosen, self._sessions[peer].chosen
-        if not self.run_names:
+        """In a complete graph all are; in a sparse one those of which one chose the other."""
+        own, other = self._sessions[name].choice, self._sessions[peer].choice
+        if not own:
             return True
-        return other is not None and (peer in (own or ()) or name in other)
+        return chose(own, self._roster.place(peer)) or chose(other, self._roster.place(name))
 
     def _introduce(self, name: str, request: IntroduceRequest, reply: Introduced) -> None:
         """Keep what `name` made for its peers; a site that made one that a peer would refuse takes no part."""
@@ -195,7 +187,6 @@ class Membership:
                 self._sessions.pop(name)
                 self._refused[name] = own.credential
                 return
-            own.known[peer] = other.id
             own.waiting.pop(peer, None)
             other.waiting[name] = (own.credential, introduction)
         own.ready = True

@@ -34,15 +34,15 @@ from accord_shared.plan import Plan
 from accord_shared.quantize import decode
 from accord_shared.roster import Roster
 from accord_shared.secagg.collector import Collector
-from accord_shared.secagg.keys import Attempt, Credential, RunTerms
+from accord_shared.secagg.keys import Attempt, RunTerms
 from accord_shared.wire import payload_bytes
 
 log = logging.getLogger(__name__)
 
 _Due = TypeVar("_Due", MaskedUpload, SurvivorsSigned, Opened)
 
-_JOINING_TRIPS = 3
-"""Joining again, choosing neighbours, introductions: what a round may have to wait for before its own trips."""
+_JOINING_TRIPS = 2
+"""Joining again, introductions: what a round may have to wait for before its own trips."""
 
 
 class SecureAggregation:
@@ -65,7 +65,7 @@ class SecureAggregation:
         witness: Witness | None = None,
     ) -> None:
         self._roster, self._threads = roster, threads
-        self._terms = RunTerms.of(plan, "", roster.hash, dimension, noise_multiplier)
+        self._terms = RunTerms.of(plan, "", roster.hash, len(roster.members), dimension, noise_multiplier)
         self._membership = Membership(roster, witness)
         self._private = X25519PrivateKey.generate()
         self._exhausted: set[str] = set()
@@ -94,7 +94,7 @@ class SecureAggregation:
             attempt = self._begin(request, members)
             begin(members)
             begun = True
-            collector = self._collector(attempt)
+            collector = Collector(attempt, self._roster, self._private)
             self._collect_uploads(attempt, request, collector, trips)
             certified = collector.close()
             if self._terms.mode == "malicious":
@@ -150,27 +150,8 @@ class SecureAggregation:
             bundles=tuple(self._membership[name].bundle for name in members),
             model_hash=request.model_hash,
             coordinator=self._private.public_key().public_bytes_raw(),
-            run_names=self._membership.run_names,
+            choices=tuple(self._membership[name].choice for name in members) if self._terms.sparse else (),
         )
-
-    def _collector(self, attempt: Attempt) -> Collector:
-        sessions = [self._membership[name] for name in attempt.cohort]
-        partners = {
-            index: tuple(
-                other
-                for other, name in enumerate(attempt.cohort)
-                if other != index and own.is_partner(name, sessions[other].id)
-            )
-            for index, own in enumerate(sessions)
-        }
-        holders = {
-            index: tuple(
-                sorted([index, *(p for p in partners[index] if own.chosen is None or attempt.cohort[p] in own.chosen)])
-            )
-            for index, own in enumerate(sessions)
-        }
-        thresholds = self._terms.thresholds(len(attempt.run_names or attempt.cohort))
-        return Collector(attempt, self._roster, thresholds, partners, holders, self._private)
 
     def _collect_uploads(self, attempt: Attempt, request: TrainRequest, collector: Collector, trips: _Trips) -> None:
         plain = MaskRequest(
@@ -187,6 +168,7 @@ class SecureAggregation:
             credentials=(),
             introductions=(),
             weights=request.weights,
+            choices=attempt.choices,
         )
         if request.round != self._asked[0]:
             self._asked = (request.round, attempt.cohort)
@@ -207,7 +189,6 @@ class SecureAggregation:
         if upload.receipt:
             self._hear_receipt(name, upload.receipt)
         for peer, entry in told.items():
-            session.known[peer] = Credential.session_of(entry[0])
             if session.waiting.get(peer) == entry:
                 del session.waiting[peer]
 

@@ -79,22 +79,6 @@ class TrainReply:
 
 
 @dataclass(frozen=True)
-class NeighbourRequest:
-    """Coordinator → site, sparse graph only: choose your neighbours among these sites of the run."""
-
-    run_id: str
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """Site → coordinator: ascending indices of the chosen ones."""
-
-    run_id: str
-    chosen: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class IntroduceRequest:
     """Coordinator → site: agree on a post-quantum secret with each of these peers."""
 
@@ -130,6 +114,8 @@ class MaskRequest:
     credentials: tuple[bytes, ...]
     introductions: tuple[bytes, ...]
     weights: Vector
+    choices: tuple[bytes, ...] = ()
+    """Sparse graph: whom each site of the cohort chose, bit maps over the roster, in cohort order."""
 
     @property
     def model_hash(self) -> str:
@@ -223,8 +209,6 @@ Message = (
     | Joined
     | TrainRequest
     | TrainReply
-    | NeighbourRequest
-    | Neighbours
     | IntroduceRequest
     | Introduced
     | MaskRequest

@@ -88,10 +88,18 @@ class RosterDraft(Document):
         Raises:
             ProtocolError: there is none.
         """
+        return self.members[self.place(name)]
+
+    def place(self, name: str) -> int:
+        """The place of the member of this name, from 0.
+
+        Raises:
+            ProtocolError: there is none.
+        """
         at = bisect_left(self.members, name, key=lambda member: member.name)
         if at == len(self.members) or self.members[at].name != name:
             raise ProtocolError(f"{name[:64]!r} is not on the roster")
-        return self.members[at]
+        return at
 
     def added(self, *members: Member) -> Self:
         """The next roster, with these members.

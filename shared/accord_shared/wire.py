@@ -24,7 +24,7 @@ _SCALARS: dict[str, type] = {"int": int, "str": str, "bytes": bytes}
 _LISTS: dict[str, type] = {"tuple[int, ...]": int, "tuple[str, ...]": str, "tuple[bytes, ...]": bytes}
 _ARRAYS = {"Vector": ("float32", "<f4", "accord.float32"), "Octets": ("uint8", "u1", "accord.uint8")}
 _KIND = "message"  # no message has a field of this name
-_KEYS = dict.fromkeys(("credential", "credentials", "introductions"), 1 << 13)
+_KEYS = dict.fromkeys(("credential", "credentials", "introductions", "choices"), 1 << 15)  # bit maps over a roster
 _BUNDLES = dict.fromkeys(("bundle", "bundles", "next_bundle"), 256)
 _LONGEST = {
     "plan_json": 4 << 20,

@@ -23,13 +23,12 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.errors import AccordError, ProtocolError
-from accord_shared.identity import Identity
+from accord_shared.identity import BOTH_SIGNATURES, Identity
 from accord_shared.messages import (
     IntroduceRequest,
     MaskedUpload,
     MaskRequest,
     Message,
-    NeighbourRequest,
     Opened,
     OpenRequest,
     SurvivorsRequest,
@@ -39,8 +38,17 @@ from accord_shared.quantize import unpack
 from accord_shared.roster import Roster
 from accord_shared.secagg import member as member_module
 from accord_shared.secagg import shamir
+from accord_shared.secagg.choices import Edges, chose
 from accord_shared.secagg.dealing import map_bytes
-from accord_shared.secagg.keys import Attempt, Bundle, Credential, RunTerms, unseal
+from accord_shared.secagg.keys import (
+    KEM_PUBLIC_BYTES,
+    SESSION_BYTES,
+    Attempt,
+    Bundle,
+    Credential,
+    RunTerms,
+    unseal,
+)
 from accord_shared.secagg.masking import add_masks, reduce_words, word_type
 from accord_shared.secagg.member import Member
 
@@ -102,6 +110,7 @@ class Setting:
             size=self.size or len(self.names),
             bound=1.5,
             own_noise=self.own_noise,
+            members=len(self.names),
         )
 
     def update(self, name: str, round_number: int) -> Any:
@@ -142,7 +151,6 @@ class MemberStation:
             member.accept(message, message.model_hash)
             return member.mask(self.truth(message.round))
         return {
-            NeighbourRequest: member.choose,
             IntroduceRequest: member.introduce,
             SurvivorsRequest: member.sign,
             OpenRequest: member.open,
@@ -159,6 +167,8 @@ class Upload:
     attempt: Attempt
     name: str
     partners: tuple[int, ...]
+    holders: tuple[int, ...]
+    """Those of its secrets, but for itself, in the order of the sealed shares."""
     message: MaskedUpload
     truth: Any
 
@@ -234,8 +244,8 @@ class Run:
         self.attempts: dict[tuple[str, int, int], Attempt] = {}
         self.sealed: dict[tuple[bytes, str], dict[int, bytes]] = {}
         self.signatures: dict[tuple[bytes, tuple[int, ...]], dict[int, bytes]] = {}
-        self.run_names: tuple[str, ...] = ()
-        self.chosen: dict[str, set[str]] = {}
+        self.choices: dict[str, bytes] = {}
+        """Sparse graph: whom each site chose, as its credential says."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -254,14 +264,10 @@ class Run:
     # Joining
 
     def join(self, names: Sequence[str] = ()) -> Run:
-        """Everybody joins; in a sparse graph, chooses; then all pairs are introduced that have to be."""
+        """Everybody joins; then all pairs are introduced that have to be."""
         names = names or self.names
         for name in names:
             self.enter(name)
-        if self.terms.sparse:
-            self.run_names = tuple(names)
-            for name in names:
-                self.choose(name)
         for place, name in enumerate(names):
             self.introduce(name, [peer for peer in names[:place] if self.linked(name, peer)])
         return self
@@ -269,17 +275,20 @@ class Run:
     def enter(self, name: str) -> None:
         """A (new) session."""
         self.credentials[name], self.bundles[name] = self.world.stations[name].join(self)
+        self.choices[name] = self.credentials[name][SESSION_BYTES + KEM_PUBLIC_BYTES : -BOTH_SIGNATURES]
         self.told[name], self.waiting[name] = set(), {}
         self.world.harvest()
 
-    def choose(self, name: str) -> Any:
-        reply = self.ask(name, NeighbourRequest(self.terms.run_id, self.run_names))
-        if reply is not None:
-            self.chosen[name] = {self.run_names[index] for index in reply.chosen}
-        return reply
+    def chosen(self, name: str) -> set[str]:
+        """Whom a site chose."""
+        return {peer for peer in self.names if chose(self.choices[name], self.world.roster.place(peer))}
+
+    def choosers(self, name: str) -> set[str]:
+        """Who chose a site."""
+        return {peer for peer in self.choices if chose(self.choices[peer], self.world.roster.place(name))}
 
     def linked(self, name: str, peer: str) -> bool:
-        return not self.terms.sparse or peer in self.chosen[name] or name in self.chosen[peer]
+        return not self.terms.sparse or peer in self.chosen(name) or name in self.chosen(peer)
 
     def introduce(self, name: str, peers: Sequence[str]) -> None:
         """`name` encapsulates to the peers."""
@@ -310,10 +319,12 @@ class Run:
         round_number: int = 1,
         cohort: Sequence[str] = (),
         bundles: Mapping[str, bytes] | None = None,
+        choices: Mapping[str, bytes] | None = None,
         seed: int = 0,
         **changes: Any,
     ) -> MaskRequest:
         members = tuple(cohort or self.names)
+        choosing = {**self.choices, **(choices or {})}
         waiting = self.waiting.get(name, {})
         shown = {**self.bundles, **(bundles or {})}
         request = MaskRequest(
@@ -330,6 +341,7 @@ class Run:
             credentials=tuple(entry[0] for entry in waiting.values()),
             introductions=tuple(entry[1] for entry in waiting.values()),
             weights=self.weights(seed),
+            choices=tuple(choosing.get(member, b"") for member in members) if self.terms.sparse else (),
         )
         return replace(request, **changes)
 
@@ -352,16 +364,18 @@ class Run:
             bundles=request.bundles,
             model_hash=request.model_hash,
             coordinator=request.coordinator,
-            run_names=self.run_names,
+            choices=request.choices,
         )
         self.attempts[name, request.round, request.attempt] = view
-        partners = tuple(index for index, peer in enumerate(request.cohort) if peer in self.told[name])
-        chosen = self.chosen.get(name)
-        holders = [index for index in partners if chosen is None or request.cohort[index] in chosen]
+        own, places = request.cohort.index(name), [self.world.roster.place(peer) for peer in request.cohort]
+        edges = [
+            [i for i in ends if request.cohort[i] in self.told[name]] for ends in Edges(request.choices, places).of(own)
+        ]
+        partners, holders = map(tuple, edges)
         self.sealed[view.context, name] = dict(zip(holders, reply.sealed, strict=True))
         if name not in self.world.setting.corrupt:
             truth = self.world.stations[name].truth(request.round)
-            self.world.uploads.append(Upload(view, name, partners, reply, truth))
+            self.world.uploads.append(Upload(view, name, partners, holders, reply, truth))
         return reply
 
     def uploads(self, attempt: int = 1, *, who: Sequence[str] = (), keep_bundles: bool = False, **options: Any) -> None:
@@ -590,9 +604,7 @@ class Oracle:
 
     @staticmethod
     def _sealed(upload: Upload) -> dict[int, bytes]:
-        if len(upload.message.sealed) == len(upload.partners):
-            return dict(zip(upload.partners, upload.message.sealed, strict=True))
-        return {}
+        return dict(zip(upload.holders, upload.message.sealed, strict=True))
 
     @staticmethod
     def _take(shares: dict[int, dict[int, bytes]], order: Sequence[int], holder: int, data: bytes) -> None:
@@ -614,16 +626,18 @@ def _rebuild(held: Mapping[int, bytes]) -> bytes | None:
 
 
 def _parts(nodes: Mapping[int, tuple[Upload, Any, set[int]]]) -> list[list[int]]:
-    """Connected parts of the masks that are left, without those that hang on a site with nothing to add."""
-    left, parts = set(nodes), []
-    while left:
-        part, edge = set[int](), {left.pop()}
+    """What the masks that are left reach from each site, without what hangs on a site with nothing to add.
+
+    Where one end of a pair masks and the other does not, the other's part is less than the first one's.
+    """
+    parts: list[list[int]] = []
+    for start in nodes:
+        part, edge = set[int](), {start}
         while edge:
             index = edge.pop()
             part.add(index)
             edge |= nodes[index][2] - part if index in nodes else set()
-        left -= part
-        if part <= set(nodes):
+        if part <= set(nodes) and sorted(part) not in parts:
             parts.append(sorted(part))
     return parts
 
@@ -662,7 +676,7 @@ def impostor(run: Run, victim: str, signer: str | None) -> MaskRequest:
 
     world, terms = run.world, run.terms
     identity = identity_of(signer) if signer else None
-    own = keys.Party(victim, Credential.session_of(run.credentials[victim]))
+    own = keys.Party(victim, run.credentials[victim][:SESSION_BYTES])
     member = world.stations[victim].members[terms.run_id]  # type: ignore[attr-defined]
     public = member._kem.public_key().public_bytes_raw()  # it is in the victim's credential
     assert public in run.credentials[victim]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import fields, replace
 from typing import Any
 
@@ -19,10 +18,9 @@ from accord_shared.secagg import keys, masking
 from accord_shared.secagg.dealing import opened_part
 from accord_shared.secagg.keys import Attempt, Credential
 from accord_shared.secagg.member import Member
-from accord_shared.secagg.thresholds import Thresholds
 from accord_shared.wire import decode as unwire
 from accord_shared.wire import encode as wire
-from adversarial.hostile import DIMENSION, NAMES, Run, Setting, World, identity_of, stream
+from adversarial.hostile import DIMENSION, NAMES, Setting, World, identity_of, stream
 
 ALL = tuple(range(7))
 
@@ -50,7 +48,7 @@ def test_three_names_of_one_site_would_rebuild_all() -> None:
 # Contexts
 
 
-@pytest.mark.parametrize("what", ["round", "attempt", "cohort", "bundles", "model_hash", "run_names", "terms"])
+@pytest.mark.parametrize("what", ["round", "attempt", "cohort", "bundles", "model_hash", "choices", "terms"])
 def test_the_context_binds_everything(what: str) -> None:
     world = World()
     attempt = Attempt(world.run().terms, 1, 1, ("a", "b"), (b"1", b"2"), "0" * 64, b"\x09" + bytes(31), ())
@@ -60,7 +58,7 @@ def test_the_context_binds_everything(what: str) -> None:
         "cohort": [("a", "c"), ("a",), ("ab",)],
         "bundles": [(b"2", b"1"), (b"12",)],
         "model_hash": ["1" * 64],
-        "run_names": [("a",), ("",)],
+        "choices": [(b"a",), (b"",), (b"a", b"b"), (b"ab",)],
         "terms": [
             replace(attempt.terms, **{key: value})
             for key, value in {
@@ -88,108 +86,6 @@ def test_garbage_is_out_of_range() -> None:
     with pytest.raises(ProtocolError, match="out of range"):
         decode(total.astype(np.uint32), Encoding(bits=24, sites=100, bound=1.0), 2)
     assert not world.oracle.sums()
-
-
-# Sparse graphs; thresholds are small ones of the test's own, since real ones start at 129 sites
-
-SPARSE = Setting(names=tuple("abcdefgh"), corrupt=("c",), minimum=6, colluders=1)
-
-
-@pytest.fixture
-def sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "COMPLETE_MAX", 4)
-    monkeypatch.setattr(keys, "sparse_thresholds", lambda sites, minimum, _: Thresholds(sites, minimum, 3, 4))
-
-
-@pytest.mark.usefixtures("sparse")
-class TestSparse:
-    def run(self) -> Run:
-        return World(SPARSE).run().join()
-
-    def test_an_honest_round_opens_one_sum(self) -> None:
-        run = self.run()
-        run.uploads()
-        run.finish(range(8))
-        assert not run.world.refusals
-        assert [len(each.names) for each in run.world.oracle.sums()] == [7]
-
-    def test_neighbours_are_chosen_once(self) -> None:
-        run = self.run()
-        assert run.choose("d") is None
-        assert run.world.refused(ProtocolError, "R9: the neighbours are chosen already")
-
-    def test_the_choice_is_the_sites_own(self) -> None:
-        """It depends on the site's generator alone: neither on who was introduced before nor on what others chose."""
-        first, second = self.run(), World(SPARSE).run()
-        for name in second.names:
-            second.enter(name)
-        second.introduce("d", ["a", "b", "c"])
-        second.run_names = second.names
-        for name in reversed(second.names):
-            second.choose(name)
-        assert first.chosen == second.chosen
-
-    def test_choices_are_uniform(self) -> None:
-        """Another session, another choice: each of seven peers in about 4/7 of 140 draws."""
-        run = World(SPARSE).run()
-        run.run_names = run.names
-        seen: Counter[str] = Counter()
-        for _ in range(140):
-            run.enter("d")
-            run.choose("d")
-            seen.update(run.chosen["d"])
-        assert set(seen) == set(SPARSE.names) - {"d"}
-        assert all(50 < count < 110 for count in seen.values())
-
-    def test_a_chosen_neighbour_cannot_be_withheld(self) -> None:
-        run = self.run()
-        own, victim = run.chosen["d"], "d"
-        for peer in sorted(own):
-            fresh = World(SPARSE).run().join()
-            waiting = fresh.waiting[victim]
-            if waiting.pop(peer, None) is not None:
-                fresh.upload(victim)
-                assert fresh.world.refused(ProtocolError, f"R5: '{peer}' was never introduced")
-                return
-        raise AssertionError("no chosen neighbour was to be introduced by the other side")
-
-    def test_holders_are_only_those_it_chose(self) -> None:
-        """Introductions to more sites add masks, never holders."""
-        run = self.run()
-        run.introduce("d", [name for name in run.names if name not in run.chosen["d"] and name != "d"])
-        reply = run.upload("d")
-        assert reply is not None
-        assert len(reply.sealed) == 4
-
-    def test_a_cohort_below_the_minimum(self) -> None:
-        """R3; four or fewer sites would otherwise be a whole cohort to R7."""
-        run = self.run()
-        run.upload("d", cohort=tuple("abcd"))
-        assert run.world.refused(ProtocolError, "R3: a cohort of 4")
-
-    def test_a_site_that_was_not_in_the_list(self) -> None:
-        run = World(SPARSE).run()
-        for name in run.names:
-            run.enter(name)
-        run.run_names = run.names[:7]
-        for name in run.run_names:
-            run.choose(name)
-        run.upload("d")
-        assert run.world.refused(ProtocolError, "R3: a site that was not there")
-
-    def test_no_choice_no_upload(self) -> None:
-        run = World(SPARSE).run()
-        for name in run.names:
-            run.enter(name)
-        run.upload("d")
-        assert run.world.refused(ProtocolError, "R3: a site that was not there")
-
-
-def test_nobody_chooses_in_a_complete_graph() -> None:
-    run = World().run().join()
-    run.run_names = NAMES
-    assert run.choose("d") is None
-    assert run.world.refused(ProtocolError, "R9: the graph is complete")
 
 
 # Malformed and oversize messages

@@ -41,7 +41,7 @@ from accord_shared.dp.noise import SecureGenerator
 from accord_shared.dp.sharing import NoiseShares, sensitivity
 from accord_shared.errors import AccordError, LimitReached, PlanError, ProtocolError, UnknownMechanism
 from accord_shared.exact import exact
-from accord_shared.messages import MaskedUpload, MaskRequest, NeighbourRequest, Opened, OpenRequest, Refusal
+from accord_shared.messages import MaskedUpload, MaskRequest, Opened, OpenRequest, Refusal
 from accord_shared.plan import Plan, apply_changes, make_plan
 from accord_shared.quantize import _signed, decode, encode
 from accord_shared.receipts import Head
@@ -49,9 +49,8 @@ from accord_shared.roster import Roster
 from accord_shared.secagg import shamir
 from accord_shared.secagg.dealing import map_bytes
 from accord_shared.secagg.keys import Attempt, Bundle, RunTerms, unseal
-from accord_shared.secagg.member import Member
 from accord_shared.vectors import Vector
-from adversarial.hostile import COORDINATOR, DIMENSION, World, identity_of
+from adversarial.hostile import DIMENSION, World
 from adversarial.hostile import Setting as PlainSetting
 from conformance.federation import identity
 from conformance.secure_lab import SecureLab, secure_lab_plan
@@ -500,42 +499,30 @@ def test_other_integers_are_another_context() -> None:
 # --- sparse graphs
 
 
-@pytest.fixture(scope="module")
-def many() -> tuple[Plan, Roster]:
-    """Two hundred sites, of whom a sum may miss one; of a run of 167 it may miss two."""
-    plan = noise_plan({"cohort.size": 200, "cohort.minimum": 160, "cohort.colluders": 0, "privacy.accountant": "rdp"})
-    names = [f"site-{index:03d}" for index in range(210)]
-    one = identity_of(names[0])
-    members = tuple(one.public(names[0]) if name == names[0] else identity(name).public(name) for name in names)
-    return plan, Roster(federation="f", serial=1, minimum=2, colluders=0, members=members)
+@pytest.mark.parametrize(
+    ("size", "minimum", "members", "says"),
+    [
+        (200, 160, 200, ""),
+        (200, 160, 190, ""),
+        (200, 160, 167, "on a roster of 167 a sum may miss 2 honest sites, and the noise is divided for 1"),
+        (200, 160, 230, ""),
+        (200, 160, 240, "240 sites with 0 colluders need 161 to sign, more than cohort.minimum = 160"),
+        (200, 160, 159, "secure aggregation of 159 sites: needs at least 2 and cohort.minimum = 160"),
+        (129, 100, 110, ""),
+    ],
+)
+def test_noise_is_divided_for_the_roster_that_is_there(size: int, minimum: int, members: int, says: str) -> None:
+    """On another roster than the plan was checked for the sum may miss more honest survivors, or be none at all."""
+    plan = noise_plan({"cohort.size": size, "cohort.minimum": minimum, "cohort.colluders": 0})
 
+    def made() -> RunTerms:
+        return RunTerms.of(plan, "run", "0" * 64, members, DIMENSION, 1.0)
 
-@pytest.mark.parametrize(("sites", "says"), [(167, "may miss 2"), (201, "a run of 200 sites"), (200, "")])
-def test_noise_is_divided_for_the_run_that_is_there(sites: int, says: str, many: tuple[Plan, Roster]) -> None:
-    """A coordinator that names fewer sites gets a sparser graph, in which it may cut off more honest survivors."""
-    plan, roster = many
-    terms = RunTerms.of(plan, "run", roster.hash, DIMENSION, noise_multiplier(plan))
-    names = tuple(member.name for member in roster.members)[:sites]
-    member = Member(names[0], identity_of(names[0]), roster, terms)
-    member.choose(NeighbourRequest("run", names))
-    cohort = names[:165]
-    request = MaskRequest(
-        protocol=1,
-        run_id="run",
-        plan_hash=terms.plan_hash,
-        roster_hash=roster.hash,
-        round=1,
-        attempt=1,
-        cohort=cohort,
-        bundles=(b"",) * len(cohort),
-        coordinator=COORDINATOR,
-        peers=(),
-        credentials=(),
-        introductions=(),
-        weights=np.zeros(DIMENSION, dtype=np.float32),
-    )
-    with pytest.raises(ProtocolError, match=f"R3: .*{says}" if says else "R5: "):
-        member.accept(request, "0" * 64)
+    if not says:
+        assert made().thresholds(size).sites == members
+        return
+    with pytest.raises(PlanError, match=says):
+        made()
 
 
 # --- the deployed site

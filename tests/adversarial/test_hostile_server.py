@@ -56,7 +56,10 @@ BUNDLE_SIGNED = Removal(
     Bundle, "read", "verify(member, bundle.signed_bytes(terms, member.name), data[-ED25519_SIGNATURE:])", "pass"
 )
 CREDENTIAL_SIGNED = Removal(
-    keys.Credential, "read", "verify_both(member, credential.signed_bytes(terms, member.name), data[end:])", "pass"
+    keys.Credential,
+    "read",
+    "verify_both(roster.members[place], credential.signed_bytes(terms, name), data[-BOTH_SIGNATURES:])",
+    "pass",
 )
 INTRODUCTION_SIGNED = Removal(
     keys,

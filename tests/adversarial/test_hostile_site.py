@@ -151,7 +151,7 @@ class SiteWorld(World):
 
     def run(self, run_id: str = "run") -> SiteRun:
         dimension = len(self.plan.task.labels) * 2
-        return SiteRun(self, RunTerms.of(self.plan, run_id, self.roster.hash, dimension, 0.0))
+        return SiteRun(self, RunTerms.of(self.plan, run_id, self.roster.hash, len(self.roster.members), dimension, 0.0))
 
     def site(self, name: str) -> SiteStation:
         station = self.stations[name]
@@ -413,7 +413,7 @@ def test_another_roster_is_refused(hash_: str, guarded: SiteWorld, monkeypatch: 
     ROSTER_HASH.apply(monkeypatch)
     reply = guarded.site("d").answer(message)
     assert isinstance(reply, Joined)
-    terms = RunTerms.of(guarded.site("d").plan, "run", hash_, 10, 0.0)
+    terms = RunTerms.of(guarded.site("d").plan, "run", hash_, 7, 10, 0.0)
     with pytest.raises(ProtocolError, match="does not verify"):
         keys.Bundle.read(reply.bundle, terms, guarded.roster.member("d"))
 

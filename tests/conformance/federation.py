@@ -27,7 +27,6 @@ from accord_shared.messages import (
     Joined,
     MaskRequest,
     Message,
-    NeighbourRequest,
     OpenRequest,
     SurvivorsRequest,
     TrainRequest,
@@ -98,7 +97,7 @@ class Participant:
         if isinstance(message, OpenRequest):
             self.members.check_opening(message)
             return self.members.open(message)
-        assert isinstance(message, NeighbourRequest | IntroduceRequest | SurvivorsRequest)
+        assert isinstance(message, IntroduceRequest | SurvivorsRequest)
         return self.members.answer(message)
 
 
@@ -164,7 +163,7 @@ class Federation:
     def __post_init__(self) -> None:
         names = names_of(self.sites)
         self.roster = roster_of(names, max(2, self.plan.cohort.minimum), self.plan.cohort.colluders)
-        self.terms = RunTerms.of(self.plan, RUN, self.roster.hash, self.dimension, 0.0)
+        self.terms = RunTerms.of(self.plan, RUN, self.roster.hash, self.sites, self.dimension, 0.0)
         self.participants = {name: Participant(name, self.roster, self.terms) for name in names}
         enquiry = Enquiry(PROTOCOL_VERSION, RUN, self.plan.to_json(), self.plan.hash, self.roster.hash)
         here = {name: site for name, site in self.participants.items() if name not in self.absent}

@@ -59,7 +59,7 @@ class SecureLab:
             self.start(name)
         self.sigma = noise_multiplier(plan)
         self.dimension = dimension(plan, self.labs[self.names[0]])
-        self.terms = RunTerms.of(plan, RUN, self.roster.hash, self.dimension, self.sigma)
+        self.terms = RunTerms.of(plan, RUN, self.roster.hash, sites, self.dimension, self.sigma)
         handlers = {name: self._handler(name) for name in self.names}
         self.exchange = LossyExchange(handlers, self.enquiry)
         self.aggregation = self.new_aggregation()

@@ -22,7 +22,11 @@ incidence matrix: spanned by *the sums over components*, without those in which 
 knowledge never hurts it, and no check of a site refuses more of them), uploads are learned at once, and honest sites
 are interchangeable (states that differ by a renaming are one).
 
-**Limits.** A few sites, two attempts, one corrupt site fixed in advance, complete graph. Nothing about computation,
+**Sparse graphs** (section 9). `World.graph` says whom each site chose. The coordinator shows each site any of `tables`
+of choices, and introduces it to any of its partners. One graph stands for all: that a graph is good enough is not the
+model's matter (`graph.py`, `tests/unit/test_graph.py`), but that the masks and shares are those of *this* graph is.
+
+**Limits.** A few sites, two attempts, one corrupt site fixed in advance. Nothing about computation,
 guessing, wrong shares by corrupt sites (they spoil a sum), lengths, timing, or the code (`tests/adversarial`). A site
 that restarts is one that the coordinator no longer asks; only what it must not forget (R10) is modelled. R1 and R6 and
 most of R3 are about public constants, which the model has only one of.
@@ -51,6 +55,10 @@ RULES = {
     "R4 session": "a bundle is of the session that was introduced",
     "R4 signature": "a bundle is signed",
     "R5 introduction": "introductions are signed",
+    "R5 chosen": "whom it chose is introduced",
+    "R5 choosers": "who chose it is introduced",
+    "one draw": "a site that rejoins has the neighbours that it had",
+    "roster": "it chooses k of the roster, not of a shorter list",
     "R7 minimum": "at least n_min survivors",
     "R7 self": "it is a survivor itself",
     "R8 same": "the set that is opened is the one it signed",
@@ -59,6 +67,7 @@ RULES = {
     "R10 durable": "that it opened a round survives a restart",
     "ctx signed": "survivor sets are signed together with ctx",
     "ctx salt": "pair keys are derived with ctx",
+    "ctx choices": "all choices of the cohort are in ctx, its own as it made it",
 }
 
 Set = frozenset[int]
@@ -72,6 +81,8 @@ class Context(NamedTuple):
     model: int
     bundles: tuple[str, ...]
     """Of each honest site of the run: which of its keys is shown."""
+    choices: tuple[Set, ...] = ()
+    """Sparse graph: whom each site chose."""
 
 
 class View(NamedTuple):
@@ -79,6 +90,10 @@ class View(NamedTuple):
 
     ctx: Context
     introduced: tuple[str, ...]
+    choices: tuple[Set, ...] = ()
+    """Sparse graph: the choices that are shown."""
+    told: Set = frozenset()
+    """Sparse graph: partners that are introduced."""
 
 
 class Site(NamedTuple):
@@ -124,6 +139,16 @@ class World:
     signatures: bool = True
     """False is `semi_honest`: no trip 2."""
     off: frozenset[str] = frozenset()
+    graph: tuple[Set, ...] = ()
+    """Whom each site chose; complete if empty. No corrupt sites then."""
+    redrawn: tuple[Set, ...] = ()
+    """Whom each would choose another time."""
+    short: tuple[Set, ...] = ()
+    """Whom each would choose of a shorter list."""
+    silent: Set = frozenset()
+    """Sites that never answer."""
+    named: tuple[Set, ...] = ()
+    """Survivor sets that may be named; by default all."""
 
     def without(self, *rules: str) -> World:
         """The same world with rules switched off."""
@@ -150,6 +175,8 @@ class World:
     @cached_property
     def views(self) -> tuple[View, ...]:
         """All that a request of trip 1 may show."""
+        if self.graph:
+            return self._sparse_views()
         bundles = list(product((GENUINE, OLD, FORGED), repeat=self.honest)) if self.tampering else []
         introduced = list(product((GENUINE, FORGED), repeat=self.honest)) if self.tampering else []
         plain = [(GENUINE,) * self.honest]
@@ -162,10 +189,36 @@ class World:
             for secrets in introduced or plain
         )
 
+    def _sparse_views(self) -> tuple[View, ...]:
+        """Every mixture of true and other choices, and every part of the sites as introduced."""
+        genuine = (GENUINE,) * self.honest
+        either = [dict.fromkeys(pair) for pair in zip(self.graph, self.redrawn, strict=True)]
+        tables = {self.short, *product(*either)}
+        parts = [frozenset(p) for n in range(self.honest + 1) for p in combinations(self.everyone, n)]
+        return tuple(
+            View(Context(0, self.everyone, 0, genuine, table if self.has("ctx choices") else ()), genuine, table, part)
+            for table in sorted(tables, key=repr)
+            for part in parts
+        )
+
+    def partners(self, who: int, view: View) -> Set:
+        """M_u, as far as the coordinator lets it be."""
+        if not self.graph:
+            return frozenset(view.ctx.cohort) - {who}
+        return _linked(who, view.choices) & view.told
+
+    def holders(self, who: int, view: View) -> Set:
+        """Who gets shares of a site's secrets."""
+        if not self.graph:
+            return frozenset(view.ctx.cohort)
+        return view.choices[who] & view.told | {who}
+
     @cached_property
     def sets(self) -> dict[tuple[int, ...], tuple[Set, ...]]:
         """All survivor sets of each cohort."""
         cohorts = {cohort for slot in range(len(self.rounds)) for cohort in self.cohorts_of(slot)}
+        if self.named:
+            return dict.fromkeys(cohorts, self.named)
         return {
             cohort: tuple(frozenset(part) for size in range(1, len(cohort) + 1) for part in combinations(cohort, size))
             for cohort in cohorts
@@ -174,6 +227,8 @@ class World:
     @cached_property
     def renamings(self) -> tuple[tuple[int, ...], ...]:
         """Permutations of the honest sites that leave the cohorts of every slot as they are."""
+        if self.graph:
+            return (self.everyone,)
         fixed = range(self.honest, self.honest + self.corrupt)
         whole = [(*order, *fixed) for order in permutations(range(self.honest))]
         named = [frozenset(map(frozenset, self.cohorts_of(slot))) for slot in range(len(self.rounds))]
@@ -181,6 +236,11 @@ class World:
             all(frozenset(frozenset(p[i] for i in cohort) for cohort in slot) == slot for slot in named) for p in whole
         ]
         return tuple(p for p, kept in zip(whole, keeps, strict=True) if kept)
+
+
+def _linked(who: int, choices: tuple[Set, ...]) -> Set:
+    """Whom a site chose, and who chose it."""
+    return choices[who] | frozenset(peer for peer, chosen in enumerate(choices) if who in chosen)
 
 
 # --- what an honest site answers (PROTOCOL.md, section 8)
@@ -205,6 +265,26 @@ def accepts(world: World, who: int, site: Site, view: View) -> bool:
     return all(_peer_is_good(world, view, peer) for peer in ctx.cohort if world.is_honest(peer) and peer != who)
 
 
+@cache
+def _good_graphs(world: World, who: int) -> tuple[View, ...]:
+    return tuple(view for view in world.views if _graph_is_good(world, who, view))
+
+
+def _graph_is_good(world: World, who: int, view: View) -> bool:
+    """R5 on a sparse graph; what others would be told in vain is left out (`told` are partners)."""
+    chosen, linked = view.choices[who], _linked(who, view.choices)
+    possible, needed = {world.graph[who]}, set[int]()
+    if not world.has("one draw"):
+        possible.add(world.redrawn[who])
+    if not world.has("roster"):
+        possible.add(world.short[who])
+    if world.has("R5 chosen"):
+        needed |= chosen
+    if world.has("R5 choosers"):
+        needed |= {peer for peer in linked if who in view.choices[peer]}
+    return chosen in possible and needed <= view.told <= linked
+
+
 def _peer_is_good(world: World, view: View, peer: int) -> bool:
     bundle, introduction = view.ctx.bundles[peer], view.introduced[peer]
     if world.has("R4 session") and bundle == OLD:
@@ -223,7 +303,7 @@ def good_set(world: World, who: int, view: View, survivors: Set) -> bool:
 
 def uploads(world: World, who: int, site: Site) -> Iterator[tuple[str, Site]]:
     """Trip 1; whatever attempt was open is abandoned."""
-    for view in world.views:
+    for view in _good_graphs(world, who) if world.graph else world.views:
         if accepts(world, who, site, view):
             done = site.done | {("again" if ("upload", view) in site.done else "upload", view)}
             yield f"upload {_shown(view)}", Site(max(site.last, view.ctx.slot), site.opened, view, None, done)
@@ -277,6 +357,8 @@ def signers(world: World, state: State, ctx: Context, survivors: Set) -> Set:
 def steps(world: World, state: State) -> Iterator[Step]:
     """Everything that can happen next."""
     for who, site in enumerate(state):
+        if who in world.silent:
+            continue
         moves = [*uploads(world, who, site), *signs(world, who, site), *opens(world, who, state)]
         if not world.has("R10 durable") and site.opened:
             moves.append(("restart", site._replace(opened=frozenset(), view=None, signed=None)))
@@ -330,7 +412,7 @@ def _sums(world: World, done: tuple[frozenset[Any], ...]) -> tuple[Set, ...]:
 
 def _masks(world: World, upload: Upload) -> set[object]:
     who, view = upload
-    terms = (seed(world, who, peer, view) for peer in view.ctx.cohort if peer != who)
+    terms = (seed(world, who, peer, view) for peer in world.partners(who, view))
     return {term for term in terms if term is not None}
 
 
@@ -339,9 +421,9 @@ def _known(world: World, state: State, sent: list[Upload]) -> set[object]:
     known: set[object] = set()
     for dealer, view in sent:
         _, enough = world.thresholds(view.ctx.cohort)
-        partners = [peer for peer in view.ctx.cohort if peer != dealer and world.is_honest(peer)]
+        partners = [peer for peer in sorted(world.partners(dealer, view)) if world.is_honest(peer)]
         own, pairs = 0, dict.fromkeys(partners, 0)
-        for holder in view.ctx.cohort:
+        for holder in sorted(world.holders(dealer, view)):
             answers = _answers(world, state, dealer, view, holder)
             own += any(dealer in u for u in answers)
             for peer in partners:
@@ -367,7 +449,8 @@ def _answers(world: World, state: State, dealer: int, view: View, holder: int) -
     if holder == dealer:
         return [u for seen, u in opened if seen == view]
     key = seed(world, dealer, holder, view)
-    return [u for seen, u in opened if seen.ctx == view.ctx and seed(world, holder, dealer, seen) == key]
+    same = [(seen, u) for seen, u in opened if seen.ctx == view.ctx and dealer in world.partners(holder, seen)]
+    return [u for seen, u in same if seed(world, holder, dealer, seen) == key]
 
 
 # --- invariants
@@ -517,7 +600,9 @@ def _renamed_view(view: View, p: tuple[int, ...]) -> View:
     def moved(values: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(value for _, value in sorted(zip(p, values, strict=False)))
 
-    slot, cohort, model, bundles = view.ctx
+    slot, cohort, model, bundles, _ = view.ctx
+    if view.choices:
+        return view  # a graph has no renamings here
     return View(
         Context(slot, tuple(sorted(p[i] for i in cohort)), model, moved(bundles)),
         moved(view.introduced),

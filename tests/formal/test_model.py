@@ -39,6 +39,23 @@ OVERLAP = World(honest=4, corrupt=0, minimum=2, sign=2, share=2, cohorts=(((0, 1
 SEMI = World(honest=4, corrupt=1, minimum=4, sign=4, share=4, rounds=(1,), signatures=False)
 """`semi_honest`: section 4 for n = 5, c = 1."""
 
+SPARSE = World(
+    honest=5,
+    corrupt=0,
+    minimum=4,
+    sign=4,
+    share=2,
+    rounds=(1,),
+    graph=tuple(map(frozenset, ((1, 4), (0, 4), (0, 3), (1, 2), (0, 1)))),
+    redrawn=tuple(map(frozenset, ((1, 4), (0, 4), (3, 4), (2, 4), (0, 1)))),
+    short=tuple(map(frozenset, ((1,), (0,), (3,), (2,), (0,)))),
+    silent=frozenset({4}),
+    named=(frozenset(range(4)), frozenset(range(5))),
+)
+"""Five sites that choose two each, of which one has died. All four others are connected, by edges that 2 and 3 chose;
+without those, or where 0 and 1 do not know of them, {0, 1} has masks of its own alone. So has {2, 3} the other way."""
+SPARSE_WITHOUT = replace(SPARSE, named=(frozenset(range(4)),))
+
 SECRECY = (enough, one_sum)
 
 
@@ -78,6 +95,14 @@ def test_no_attack_over_two_rounds() -> None:
     assert explore(replace(FOUR, rounds=(1, 2))).attack is None
 
 
+def test_no_attack_on_a_sparse_graph() -> None:
+    """Whatever choices are shown to whom, and whoever is withheld: the sum of all four, or none."""
+    result = explore(SPARSE)
+    assert result.attack is None, str(result.attack)
+    assert result.learned == {frozenset(range(4))}
+    assert result.states == 8311
+
+
 def test_honest_rounds_do_open() -> None:
     """So "no attack" is not "nothing happens": with dropouts all sums that the protocol allows are opened."""
     assert explore(THREE).learned == {frozenset({0, 1})}
@@ -109,6 +134,11 @@ def test_semi_honest_opens_one_sum_but_thresholds_one_lower_do_not() -> None:
         (TOO_SMALL, ("R3 minimum", "R7 minimum"), "enough"),
         (FOUR, ("ctx signed",), "fresh"),
         (replace(FOUR, rounds=(1, 2)), ("ctx salt",), "enough"),
+        (SPARSE_WITHOUT, ("ctx choices",), "enough"),
+        (SPARSE_WITHOUT, ("R5 chosen",), "enough"),
+        (SPARSE_WITHOUT, ("R5 choosers",), "enough"),
+        (SPARSE_WITHOUT, ("one draw",), "enough"),
+        (SPARSE_WITHOUT, ("roster",), "enough"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )

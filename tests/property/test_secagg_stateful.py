@@ -17,7 +17,7 @@ from accord_shared.secagg import shamir
 from accord_shared.secagg.collector import Collector
 from accord_shared.secagg.keys import Attempt, RunTerms
 from accord_shared.secagg.member import Member
-from vectors.make_transcript import MODEL, PRIVATE, complete, identity_of, roster_of, stream
+from vectors.make_transcript import MODEL, PRIVATE, identity_of, roster_of, stream
 
 NAMES = tuple("abcdef")
 ROSTER = roster_of(NAMES)
@@ -118,7 +118,7 @@ class Run(RuleBasedStateMachine):
             self.request(cohort, {}).model_hash,
             PRIVATE.public_key().public_bytes_raw(),
         )
-        collector = Collector(attempt, ROSTER, self.terms.thresholds(len(cohort)), *complete(len(cohort)), PRIVATE)
+        collector = Collector(attempt, ROSTER, PRIVATE)
         inputs, uploads = self.ask(attempt, data)
         late = [index for index in uploads if cohort[index] in drops[0]]
         for index in data.draw(st.permutations([index for index in uploads if index not in late])):

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from accord_server.membership import Membership
-from accord_shared.messages import Enquiry, Introduced, IntroduceRequest, Joined, Message, NeighbourRequest, Neighbours
-from conformance.federation import Federation, names_of, secure_plan
+from accord_shared.messages import Enquiry, Introduced, IntroduceRequest, Joined, Message
+from accord_shared.secagg import keys
+from accord_shared.secagg.choices import chose
+from accord_shared.secagg.keys import Credential
+from accord_shared.secagg.thresholds import Thresholds
+from conformance.federation import Federation, identity, names_of, secure_plan
 
 ALL = tuple(names_of(4))
 
@@ -41,10 +46,11 @@ def test_each_pair_is_introduced_once_by_the_greater_name() -> None:
     )
     assert membership.ready(ALL) == ALL
     assert step(made, membership) == {}
-    for name, other in ((a, b) for a in ALL for b in ALL if a != b):
-        assert membership[name].is_partner(other, membership[other].id)
-        assert not membership[name].is_partner(other, bytes(16))
-    assert set(membership[ALL[0]].waiting) == set(ALL[1:])
+    for index, name in enumerate(ALL):
+        waiting = membership[name].waiting
+        assert {peer: entry[0] for peer, entry in waiting.items()} == {
+            peer: membership[peer].credential for peer in ALL[index + 1 :]
+        }
 
 
 def test_a_later_site_introduces_itself_to_all() -> None:
@@ -75,7 +81,7 @@ def test_a_lost_session_is_asked_for_until_it_is_answered() -> None:
     assert isinstance(step(made, membership)[ALL[2]], IntroduceRequest)
     assert membership.ready(ALL) == ALL
     assert membership[ALL[2]].credential != old
-    assert all(membership[name].is_partner(ALL[2], membership[ALL[2]].id) for name in ALL if name != ALL[2])
+    assert all(membership[name].waiting[ALL[2]][0] == membership[ALL[2]].credential for name in ALL if name != ALL[2])
 
 
 def spoil(joined: Joined, **changes: Any) -> Joined:
@@ -139,7 +145,8 @@ def test_an_introduction_to_a_session_that_is_gone_is_made_again() -> None:
     for _ in range(2):
         step(made, membership)
     assert membership.ready(ALL) == ALL
-    assert all(membership[name].is_partner(ALL[0], membership[ALL[0]].id) for name in ALL[1:])
+    told = membership[ALL[0]].waiting
+    assert {name: told[name][0] for name in told} == {name: membership[name].credential for name in ALL[1:]}
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])
@@ -182,28 +189,105 @@ def test_answers_of_another_kind_change_nothing() -> None:
     assert membership.ready(ALL) == (ALL[0],)  # who has nobody to introduce itself to
 
 
-def test_neighbours_are_chosen_before_anybody_is_introduced() -> None:
-    made = federation(129, **{"cohort.minimum": 125})
-    membership = Membership(made.roster)
-    names = tuple(made.participants)
-    wanted = membership.requests(made.terms, made.exchange.joined, made.exchange.enquiry)
-    assert wanted == dict.fromkeys(names, NeighbourRequest(made.terms.run_id, names))
-    membership.hear(names[0], wanted[names[0]], Neighbours(made.terms.run_id, (999,)))  # no such site
-    assert membership[names[0]].chosen is None
-    for name, request in wanted.items():
-        membership.hear(name, request, made.participants[name](request))
-    introductions = membership.requests(made.terms, made.exchange.joined, made.exchange.enquiry)
-    degree = made.terms.thresholds(129).degree
-    assert degree is not None
-    pairs = {
+# --- sparse graphs
+
+
+@pytest.fixture
+def sparse(monkeypatch: pytest.MonkeyPatch) -> Federation:
+    """Twelve sites that choose three each: real sparse graphs begin at 129."""
+    monkeypatch.setattr(keys, "COMPLETE_MAX", 4)
+    monkeypatch.setattr(keys, "sparse_thresholds", lambda sites, minimum, _: Thresholds(sites, minimum, 2, 3))
+    return federation(12, **{"cohort.minimum": 10})
+
+
+def edges(made: Federation) -> set[frozenset[str]]:
+    """Pairs of which one chose the other, by the credentials alone."""
+    names = made.names
+    chosen = {
+        name: Credential.read(joined.credential, made.terms, made.roster, name).choice
+        for name, joined in made.exchange.joined.items()
+    }
+    return {frozenset((a, b)) for a in chosen for b in chosen if a != b and chose(chosen[a], names.index(b))}
+
+
+def introduced(asked: dict[str, Message]) -> list[frozenset[str]]:
+    return [
         frozenset((name, peer))
-        for name, request in introductions.items()
+        for name, request in asked.items()
         if isinstance(request, IntroduceRequest)
         for peer in request.names
-    }
-    for name in names:
-        chosen = membership[name].chosen
-        assert chosen is not None
-        assert len(chosen) == degree
-        assert name not in chosen
-        assert all(frozenset((name, peer)) in pairs for peer in chosen)
+    ]
+
+
+def test_exactly_the_edges_of_the_graph_are_introduced_in_one_trip(sparse: Federation) -> None:
+    made = sparse
+    membership = Membership(made.roster)
+    pairs = introduced(step(made, membership))
+    assert len(pairs) == len(set(pairs))
+    assert set(pairs) == edges(made)
+    assert membership.ready(made.names) == made.names
+
+
+def test_a_site_that_comes_late_is_introduced_to_those_that_chose_it_too(sparse: Federation) -> None:
+    made = sparse
+    late = made.exchange.joined.pop(made.names[7])
+    membership = Membership(made.roster)
+    step(made, membership)
+    made.exchange.joined[made.names[7]] = late
+    asked = step(made, membership)
+    assert set(asked) == {made.names[7]}
+    assert set(introduced(asked)) == {edge for edge in edges(made) if made.names[7] in edge}
+
+
+def test_a_site_that_restarts_has_the_same_neighbours(sparse: Federation) -> None:
+    made = sparse
+    before = edges(made)
+    for site in made.participants.values():
+        site.restart()
+    made.exchange.join()
+    assert edges(made) == before
+
+
+def test_a_site_that_chooses_anew_in_a_run_is_not_taken_in_again(sparse: Federation) -> None:
+    """Two choices of one site would give its peers two contexts: the round would fail for all of them."""
+    made = sparse
+    membership, name = Membership(made.roster), made.names[3]
+    step(made, membership)
+    first = Credential.read(made.exchange.joined[name].credential, made.terms, made.roster, name)
+    other = np.roll(np.unpackbits(np.frombuffer(first.choice, dtype=np.uint8))[:12], 1)
+    other[[2, 3, 4]] = np.sort(other[[2, 3, 4]])[[1, 0, 2]]  # its own place stays free
+    forged = replace(first, choice=np.packbits(other).tobytes())
+    assert forged.choice != first.choice
+    made.participants[name].restart()
+    membership.lose(name)
+    bundle = made.participants[name](made.exchange.enquiry).bundle  # type: ignore[union-attr]
+    forged = replace(forged, session=bundle[:16])
+    lied = Joined(name, 1, made.plan.hash, forged.issue(made.terms, name, identity(name)), bundle)
+    membership.hear(name, made.exchange.enquiry, lied)
+    made.exchange.joined[name] = lied
+    membership.take_in(made.terms, made.exchange.joined)
+    assert name not in membership.ready(made.names)
+    honest = made.participants[name](made.exchange.enquiry)
+    assert isinstance(honest, Joined)
+    made.exchange.joined[name] = honest
+    step(made, membership)
+    assert name in membership.ready(made.names)
+
+
+@pytest.mark.parametrize("change", ["one more", "one less", "itself", "padding", "longer", "none"])
+def test_a_choice_that_is_none_is_not_taken_in(change: str, sparse: Federation) -> None:
+    made = sparse
+    name, joined = made.names[3], made.exchange.joined
+    credential = Credential.read(joined[name].credential, made.terms, made.roster, name)
+    flags = np.unpackbits(np.frombuffer(credential.choice, dtype=np.uint8))
+    ones, zeros = np.flatnonzero(flags), np.flatnonzero(flags[:12] == 0)
+    free = next(int(place) for place in zeros if place != 3)
+    flags[ones[0]] = change not in ("one less", "itself", "padding")
+    flags[{"one more": free, "itself": 3, "padding": 13}.get(change, ones[1])] = 1
+    choice = {"longer": credential.choice + b"\0", "none": b""}.get(change, np.packbits(flags).tobytes())
+    forged = replace(credential, choice=choice).issue(made.terms, name, identity(name))
+    joined[name] = replace(joined[name], credential=forged)
+    membership = Membership(made.roster)
+    step(made, membership)
+    assert name not in membership.ready(made.names)
+    assert len(membership.ready(made.names)) == 11

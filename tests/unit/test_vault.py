@@ -27,7 +27,7 @@ def roster() -> SimulatedRoster:
 
 
 def terms(roster: SimulatedRoster) -> RunTerms:
-    return RunTerms.of(PLAN, RUN, roster.signed.roster.hash, 4, 0.0)
+    return RunTerms.of(PLAN, RUN, roster.signed.roster.hash, len(NAMES), 4, 0.0)
 
 
 def vault(roster: SimulatedRoster) -> Vault:
@@ -60,10 +60,10 @@ def test_each_participant_has_the_identity_of_its_name(roster: SimulatedRoster) 
     held = vault(roster)
     for index, name in enumerate(NAMES):
         credential, _, _ = held.call(index, "join", terms(roster))
-        Credential.read(credential, terms(roster), roster.signed.roster.member(name))
+        Credential.read(credential, terms(roster), roster.signed.roster, name)
         for other in NAMES[:index]:
             with pytest.raises(ProtocolError):
-                Credential.read(credential, terms(roster), roster.signed.roster.member(other))
+                Credential.read(credential, terms(roster), roster.signed.roster, other)
 
 
 def test_a_refusal_crosses_as_it_is(roster: SimulatedRoster) -> None:
@@ -137,4 +137,4 @@ def test_a_vault_that_dies_loses_its_sessions_and_no_more(roster: SimulatedRoste
 def test_a_plan_without_secure_aggregation_has_no_terms(roster: SimulatedRoster) -> None:
     off = PLAN.revised({"secure_aggregation.mode": "off"})
     with pytest.raises(PlanError):
-        RunTerms.of(off, RUN, roster.signed.roster.hash, 4, 0.0)
+        RunTerms.of(off, RUN, roster.signed.roster.hash, len(NAMES), 4, 0.0)

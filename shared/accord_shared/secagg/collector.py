@@ -24,32 +24,25 @@ from accord_shared.messages import (
 from accord_shared.quantize import add_packed, packed_bytes
 from accord_shared.roster import Roster
 from accord_shared.secagg import shamir
+from accord_shared.secagg.choices import Edges
 from accord_shared.secagg.dealing import map_bytes
 from accord_shared.secagg.keys import TAG_BYTES, Attempt, Bundle, upload_key, upload_tag
 from accord_shared.secagg.masking import Words, add_masks, reduce_words, word_type
 from accord_shared.secagg.shamir import SHARE_BYTES
-from accord_shared.secagg.thresholds import SMALL_MAX, Thresholds
+from accord_shared.secagg.thresholds import SMALL_MAX
 
 
 class Collector:
-    """One attempt.
+    """One attempt. `private` is the key of `attempt.coordinator`."""
 
-    `partners` gives M_u of each site as cohort indices, `holders` the holders of its secrets (itself included); both
-    ascending. `private` is the key of `attempt.coordinator`.
-    """
-
-    def __init__(
-        self,
-        attempt: Attempt,
-        roster: Roster,
-        thresholds: Thresholds,
-        partners: Mapping[int, Sequence[int]],
-        holders: Mapping[int, Sequence[int]],
-        private: X25519PrivateKey,
-    ) -> None:
-        self._attempt, self._roster, self._thresholds, self._private = attempt, roster, thresholds, private
-        self._partners, self._holders = partners, holders
-        terms = attempt.terms
+    def __init__(self, attempt: Attempt, roster: Roster, private: X25519PrivateKey) -> None:
+        self._attempt, self._roster, self._private = attempt, roster, private
+        terms, count = attempt.terms, len(attempt.cohort)
+        self._thresholds = terms.thresholds(count)
+        places = [roster.place(name) for name in attempt.cohort]
+        edges = Edges(attempt.choices, places)
+        self._edges = [edges.of(index) for index in range(count)]
+        """Of each site, M_u and the holders of its secrets, as cohort indices."""
         self._total: Words = np.zeros(terms.dimension, dtype=word_type(terms.bits))
         self._sealed: dict[int, dict[int, bytes]] = {}
         self._signatures: dict[int, bytes] = {}
@@ -58,7 +51,7 @@ class Collector:
         self._dropped: dict[int, tuple[int, ...]] = {}
         """Of each survivor, its partners that did not upload; known once the set stands."""
         self._removed: tuple[int, ...] = ()
-        """Noise components that every survivor's seeds are opened of; known once the set stands."""
+        """Noise components that every survivor's seeds are opened of; known once the set stands, or is certified."""
 
     @property
     def survivors(self) -> tuple[int, ...]:
@@ -77,8 +70,9 @@ class Collector:
         self._check_attempt(upload.round, upload.attempt)
         if upload.payload.shape != (packed_bytes(attempt.terms.bits, attempt.terms.dimension),):
             raise ProtocolError(f"an upload of {upload.payload.nbytes} bytes")
-        others = [holder for holder in self._holders[index] if holder != index]
-        secrets = 1 + len(self._partners[index]) + attempt.terms.components
+        partners, holders = self._edges[index]
+        others = [holder for holder in holders if holder != index]
+        secrets = 1 + len(partners) + attempt.terms.components
         length = map_bytes(len(attempt.cohort)) + SHARE_BYTES * secrets + TAG_BYTES
         if [len(blob) for blob in upload.sealed] != [length] * len(others):
             raise ProtocolError("sealed shares of another number or length than were due")
@@ -102,33 +96,33 @@ class Collector:
         """
         self._survivors = tuple(sorted(self._sealed))
         self._dropped = {
-            sender: tuple(partner for partner in self._partners[sender] if partner not in self._sealed)
+            sender: tuple(partner for partner in self._edges[sender][0] if partner not in self._sealed)
             for sender in self._survivors
         }
         count = len(self._attempt.cohort)
         least = count if count <= SMALL_MAX else self._attempt.terms.minimum
         self._check_enough(len(self._survivors), least, "uploaded")
-        self._removed = self._attempt.terms.removed(len(self._survivors))
-        terms, attempt = self._attempt.terms, self._attempt
+        terms, attempt, count = self._attempt.terms, self._attempt, len(self._survivors)
+        self._removed = terms.removed(count, count)
         return SurvivorsRequest(terms.run_id, attempt.round, attempt.attempt, self._survivors)
 
     def add_signature(self, index: int, reply: SurvivorsSigned) -> None:
-        """Trip 2. Nobody needs a signature of a set that is certified already: it is not looked at.
+        """Trip 2. Where none is needed beyond those that certify the set, it is not looked at.
 
         Raises:
             ProtocolError: it does not sign this set.
         """
         self._check_attempt(reply.round, reply.attempt)
-        if self.signed:
+        if len(self._signatures) >= self._needed:
             return
         member = self._roster.member(self._attempt.cohort[index])
         verify(member, self._attempt.survivors_bytes(self.survivors), reply.signature)
         self._signatures[index] = reply.signature
 
     @property
-    def signed(self) -> bool:
-        """Whether the set is certified already: later signatures are not waited for by a busy coordinator."""
-        return len(self._signatures) >= self._thresholds.sign
+    def _needed(self) -> int:
+        """Signatures of use: those that certify, or all where the noise that stays is counted by them."""
+        return len(self._attempt.cohort) if self._attempt.terms.counts_signers else self._thresholds.sign
 
     def open_requests(self) -> dict[int, OpenRequest]:
         """Trip 3: what each survivor is asked.
@@ -139,7 +133,8 @@ class Collector:
         attempt, malicious = self._attempt, self._attempt.terms.mode == "malicious"
         if malicious:
             self._check_enough(len(self._signatures), self._thresholds.sign, "signed")
-        signers = tuple(sorted(self._signatures)[: self._thresholds.sign]) if malicious else ()
+        signers = tuple(sorted(self._signatures)[: self._needed]) if malicious else ()
+        self._removed = attempt.terms.removed(len(self.survivors), len(signers))
         signatures = tuple(self._signatures[index] for index in signers)
         return {
             receiver: OpenRequest(

@@ -1,37 +1,49 @@
 """The sparse graph: how many neighbours, how many shares, and whom a site chooses (PROTOCOL.md, section 9).
 
-Each of N sites chooses k others, uniformly, with its own generator. Its mask partners are those it chose and those
-that chose it; its holders are those it chose and itself. Bell et al. 2020 draw a graph that must stay secret until
-sites have dropped. Here the coordinator sees every choice, holds c sites (fixed before the choices) and *then* picks
-up to d = N − n_min dead, again in every round of the run. So each bound below is a union over what it can pick, and
-one failure probability covers the whole run. Let Hyp(m) be how many of k choices fall among m marked of the N − 1
-others: hypergeometric, and independent from one chooser to the next. Independence does all the work.
+Each of the N members of the roster chooses k others, uniformly, by a key of its own (`choices`): once for a plan, in
+whatever run, session or process. Mask partners in a cohort are those it chose and those that chose it; holders are
+those it chose, and itself. Bell et al. 2020 draw a graph that must stay secret until sites have dropped. Here the
+coordinator sees every choice, holds c sites (fixed before the choices) and *then* picks up to d = N − n_min that are
+missing from a cohort, dead, or shown something else, again in every round. So each bound below is a union over what
+it can pick, and one failure probability covers all runs of a plan. Let Hyp(m) be how many of k choices fall among m
+marked of the N − 1 others: hypergeometric, and independent from one chooser to the next, which does all the work.
+
+All honest sites of a context were shown the same choices, and those among them their own: choices are part of it. So
+of two such sites either both have the mask of their pair or neither, and both exactly where one chose the other (R5).
+*Survivors* are from here on the honest sites of U that are in the context; n_min − c or more, since so many signed.
 
 1. *Secrets of pairs.* Nobody honest opens a mask between two survivors, nor the own seed of a site outside U. So the
    corrupt holders alone would have to: N·P[Hyp(c) ≥ t_share].
 2. *Parts.* Let the masks between honest survivors fall into components, and S be a union of components, s sites, at
    most half of the honest survivors; R the others, so s + |R| ≥ h = n_min − c. To learn the sum over S:
    (a) every own seed in S is opened. Who answers for u ∈ S is corrupt, or a holder of u that survives, so a mask
-       partner, so in S. Each u has t_share − 1 chosen holders among s − 1 + c sites, independently of each other:
+       partner (masks with another survivor are never opened), so in S. Each u has t_share − 1 chosen holders among
+       s − 1 + c sites, independently of each other:
        (N over s)·P[Hyp(s − 1 + c) ≥ t_share − 1]^s. Strong for small S: to cut a few sites off, the coordinator
        kills their holders, and then nobody opens them.
-   (b) no site of S chose one of R, nor the other way round. R may be shrunk to r = max(s, h − s) sites, so the dead
-       need no union of their own: (N over s)·(N−s over r)·P[Hyp(r) = 0]^s·P[Hyp(s) = 0]^r.
+   (b) no site of S chose one of R, nor the other way round: either choice makes the mask. R may be shrunk to
+       r = max(s, h − s) sites, so the dead need no union of their own:
+       (N over s)·(N−s over r)·P[Hyp(r) = 0]^s·P[Hyp(s) = 0]^r.
        Strong for large S: about 2·k·s·r/N edges would all have to be missing.
    The lesser, summed over 1 ≤ s ≤ N/2. Neither alone is ever small for all s.
 3. *Second attempts.* Who opened an attempt joins no other of that round, so a second sum of n_min sites needs a first
    that at most d honest sites opened. By 2 that sum covers more than h/2 sites, each with t_share − 1 chosen holders
    among d openers and c colluders: (N over d)·(N over s)·P[Hyp(d + c) ≥ t_share − 1]^s, s = ⌊h/2⌋ + 1.
 
-The counts run over all N where honest sites would do: so each bound also covers fewer colluders than c.
+The counts run over all N where honest sites would do: so each bound also covers fewer colluders than c. What corrupt
+sites choose, and whether they show one choice, is in no bound: it only adds masks that they know anyway. A coordinator
+that brings P plans through the sites' approval, or R rosters, has P·R draws: log2 of that comes off the bits.
 
-What 2 does not say: the one sum that is opened need not cover all honest survivors. A coordinator with d ≥ 2k can kill
-every partner of one site, and it is left out (nothing about it is learned). By (b) no more than `most_left_out` are
-missing: whoever counts shares of noise counts n_min − c − most_left_out.
+What 2 does not say: the one sum that is opened need not cover all survivors. A coordinator with d ≥ 2k can kill every
+partner of one site, and it is left out (nothing about it is learned). By (b) no more than `most_left_out` are missing.
+Honest sites of U that are *not* in the context (never asked, or shown something else) are no survivors: of their
+pairs only those count that the others' own choices make, since nobody in the context has to be shown their true
+choice, so more of them can be missing. They did not sign. So whoever counts shares of noise counts the signatures of
+the certificate: of s of them at least s − c − most_left_out are of sites in the sum.
 
-*Signatures.* 1 to 3 suppose that all openings of an attempt follow one survivor set U. At least n_min sites answer
-every trip, so t_sign = n_min, refused below `signatures`: a certified U has n_min − c honest signers, and two such sets
-would share one.
+*Signatures.* 1 to 3 suppose that all openings of an attempt follow one survivor set U in one context. At least n_min
+sites answer every trip, so t_sign = n_min, refused below `signatures`, of N: a certified U has n_min − c honest
+signers, and two such sets, or contexts, of an attempt would share one.
 
 *Without signatures* (`semi_honest`) the numbers are the same, for a coordinator that follows the protocol. Nothing is
 claimed against one that deviates. A majority rule on t_share would not help: masks between u and v are opened by
@@ -132,7 +144,7 @@ def _again(sites: int, minimum: int, colluders: int, degree: int, share: int) ->
 
 
 def secrecy_bits(sites: int, minimum: int, colluders: int, degree: int, share: int) -> float:
-    """−log2 of the probability that the graph of a run fails its members: bounds 1 to 3 added, at least 0.
+    """−log2 of the probability that the graph of a plan fails its members: bounds 1 to 3 added, at least 0.
 
     Holds for every coordinator that sees the graph before it says who died (module docstring).
     """
@@ -182,10 +194,10 @@ def sparse_thresholds(sites: int, minimum: int, colluders: int, bits: float = 40
     The same for both modes. t_sign is `minimum`, which is refused where it would not make certified sets unique.
 
     Args:
-        sites: N, all sites of the run; those outside a cohort count as dropped.
+        sites: N, all members of the roster; those outside a cohort count as dropped.
         minimum: n_min, survivors of any round.
         colluders: c, sites that the coordinator may hold.
-        bits: of secrecy, over the whole run.
+        bits: of secrecy, over all runs of a plan.
 
     Raises:
         PlanError: impossible counts, or no degree up to 1024 does both: one line with the numbers.
@@ -221,7 +233,7 @@ def choose_neighbours(own: int, sites: int, degree: int, random: Callable[[int],
 
     Args:
         own: the index of the site that chooses; it is never chosen.
-        sites: N, all sites of the run.
+        sites: N, all members of the roster.
         degree: k.
         random: `random(count)` gives `count` cryptographic bytes.
 

@@ -28,7 +28,10 @@ from accord_shared.identity import BOTH_SIGNATURES, ED25519_SIGNATURE, Identity,
 from accord_shared.plan import Plan
 from accord_shared.quantize import DEFAULT_BITS, Encoding, default_bound
 from accord_shared.receipts import NO_LEDGER, Head
-from accord_shared.secagg.graph import sparse_thresholds
+from accord_shared.roster import Roster
+from accord_shared.secagg.choices import check_choice
+from accord_shared.secagg.dealing import map_bytes
+from accord_shared.secagg.graph import most_left_out, sparse_thresholds
 from accord_shared.secagg.thresholds import COMPLETE_MAX, Mode, Thresholds, thresholds
 
 SESSION_BYTES, KEM_PUBLIC_BYTES, KEM_SEED_BYTES, CIPHERTEXT_BYTES = 16, 1184, 64, 1088
@@ -59,20 +62,24 @@ class RunTerms:
     """Whether every update carries its full noise: then even two sites may sum."""
     noise: NoiseShares | None = None
     """How noise is divided, where the sites of a sum share it."""
+    members: int = 0
+    """Members of the roster: what a sparse graph spans, whoever is in a run or a cohort."""
 
     @staticmethod
-    def of(plan: Plan, run_id: str, roster_hash: str, dimension: int, noise_multiplier: float) -> RunTerms:
-        """What a plan says of a model of `dimension` trainable parameters.
+    def of(
+        plan: Plan, run_id: str, roster_hash: str, members: int, dimension: int, noise_multiplier: float
+    ) -> RunTerms:
+        """What a plan says of a model of `dimension` trainable parameters, on a roster of so many members.
 
         Raises:
-            PlanError: the plan does without secure aggregation.
+            PlanError: the plan does without secure aggregation, or no sparse graph over this roster serves it.
         """
         spec = plan.secure_aggregation
         if spec.mode == "off":
             raise PlanError("the plan does without secure aggregation")
         coordinates = dimension + plan.extra_coordinates
         noise = NoiseShares.of(plan, coordinates, noise_multiplier) if plan.shared_noise else None
-        return RunTerms(
+        terms = RunTerms(
             run_id=run_id,
             plan_hash=plan.hash,
             roster_hash=roster_hash,
@@ -85,21 +92,46 @@ class RunTerms:
             bound=noise.bound if noise else spec.bound or default_bound(plan, noise_multiplier),
             own_noise=plan.privacy.noise == "site",
             noise=noise,
+            members=members,
         )
+        terms._check_graph()
+        return terms
+
+    def _check_graph(self) -> None:
+        """The plan was checked for a roster of `size`; this one may have more members, or fewer."""
+        if not self.sparse:
+            return
+        try:
+            rule = self.thresholds(self.size)
+        except PlanError as error:
+            raise PlanError(f"above {COMPLETE_MAX} sites the graph spans the roster: {error}") from None
+        if self.noise is None:
+            return
+        left_out = most_left_out(self.members, self.minimum, self.colluders, rule.degree or 0)
+        if self.colluders + left_out > self.noise.colluders:
+            raise PlanError(
+                f"on a roster of {self.members} a sum may miss {left_out} honest sites, and the noise is divided for "
+                f"{self.noise.colluders - self.colluders}, as on one of {self.size}: set cohort.size to {self.members}"
+            )
 
     @property
     def sparse(self) -> bool:
         """Whether sites choose neighbours (section 9) or all are each other's."""
         return self.size > COMPLETE_MAX
 
+    @property
+    def degree(self) -> int:
+        """k of the sparse graph; 0 of a complete one."""
+        return self.thresholds(self.size).degree or 0 if self.sparse else 0
+
     def thresholds(self, sites: int) -> Thresholds:
-        """For a cohort of `sites`; in a sparse graph, for a run of `sites`.
+        """For a cohort of `sites`; in a sparse graph from the roster's members, whatever the cohort.
 
         Raises:
             PlanError: too few sites for the plan's minimum and colluders.
         """
         if self.sparse:
-            return sparse_thresholds(sites, self.minimum, self.colluders)
+            return sparse_thresholds(self.members, self.minimum, self.colluders)
         return thresholds(sites, self.minimum, self.colluders, self.mode, self.size, own_noise=self.own_noise)
 
     @property
@@ -112,9 +144,18 @@ class RunTerms:
         """Removable components of each site's noise."""
         return len(self.noise.components) if self.noise else 0
 
-    def removed(self, survivors: int) -> tuple[int, ...]:
-        """Which components are opened once so many sites are certified."""
-        return self.noise.removed(survivors) if self.noise else ()
+    @property
+    def counts_signers(self) -> bool:
+        """Whether noise is removed for those who signed, not for all of the set.
+
+        On a complete graph the masks of a survivor that was shown something else stop the sum. On a sparse one only
+        its partners' do, so such survivors are no part of the sum; honest signers saw the same, and are.
+        """
+        return self.noise is not None and self.sparse and self.mode == "malicious"
+
+    def removed(self, survivors: int, signers: int) -> tuple[int, ...]:
+        """Which components are opened of a set of `survivors` under so many signatures."""
+        return self.noise.removed(signers if self.counts_signers else survivors) if self.noise else ()
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -134,31 +175,33 @@ class Credential:
 
     session: bytes
     kem_public: bytes
+    choice: bytes = b""
+    """Sparse graph: whom the site chose, a bit map over the roster."""
 
     def signed_bytes(self, terms: RunTerms, name: str) -> bytes:
         """What is signed."""
-        return frame("accord/1/credential", *terms.names, name, self.session, self.kem_public)
+        choice = (self.choice,) if self.choice else ()
+        return frame("accord/1/credential", *terms.names, name, self.session, self.kem_public, *choice)
 
     def issue(self, terms: RunTerms, name: str, identity: Identity) -> bytes:
         """The credential as it travels."""
-        return self.session + self.kem_public + identity.sign_both(self.signed_bytes(terms, name))
+        return self.session + self.kem_public + self.choice + identity.sign_both(self.signed_bytes(terms, name))
 
     @staticmethod
-    def session_of(data: bytes) -> bytes:
-        """The session of a credential that was verified before."""
-        return data[:SESSION_BYTES]
-
-    @staticmethod
-    def read(data: bytes, terms: RunTerms, member: Member) -> Credential:
+    def read(data: bytes, terms: RunTerms, roster: Roster, name: str) -> Credential:
         """Parse and verify.
 
         Raises:
-            ProtocolError: wrong length or a signature that is not the member's.
+            ProtocolError: wrong length, a choice that is none, or a signature that is not the member's.
         """
-        _exactly(data, CREDENTIAL_BYTES, f"the credential of {member.name!r}")
-        end = SESSION_BYTES + KEM_PUBLIC_BYTES
-        credential = Credential(session=data[:SESSION_BYTES], kem_public=data[SESSION_BYTES:end])
-        verify_both(member, credential.signed_bytes(terms, member.name), data[end:])
+        length = CREDENTIAL_BYTES + (map_bytes(terms.members) if terms.sparse else 0)
+        _exactly(data, length, f"the credential of {name!r}")
+        end, place = SESSION_BYTES + KEM_PUBLIC_BYTES, roster.place(name)
+        choice = data[end:-BOTH_SIGNATURES]
+        if terms.sparse:
+            check_choice(choice, name, place, terms.members, terms.degree)
+        credential = Credential(session=data[:SESSION_BYTES], kem_public=data[SESSION_BYTES:end], choice=choice)
+        verify_both(roster.members[place], credential.signed_bytes(terms, name), data[-BOTH_SIGNATURES:])
         return credential
 
 
@@ -293,15 +336,15 @@ class Attempt:
     model_hash: str
     coordinator: bytes
     """The coordinator's X25519 public key."""
-    run_names: tuple[str, ...] = ()
-    """Sparse graph: the sites among which neighbours were chosen."""
+    choices: tuple[bytes, ...] = ()
+    """Sparse graph: whom each site of the cohort chose."""
 
     @cached_property
     def context(self) -> bytes:
         """`ctx`, 32 bytes: parties that were shown anything different have nothing in common."""
         t = self.terms
         numbers = (self.round, self.attempt, t.roster_hash, t.plan_hash, t.mode, t.bits, decimal_string(t.bound))
-        shown = (t.dimension, self.model_hash, self.coordinator, self.run_names, self.cohort, self.bundles)
+        shown = (t.dimension, self.model_hash, self.coordinator, self.choices, self.cohort, self.bundles)
         noise = (t.noise.facts,) if t.noise else ()
         return hash_frame("accord/1/context", PROTOCOL_VERSION, t.run_id, *numbers, *shown, *noise)
 

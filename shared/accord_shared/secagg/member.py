@@ -22,8 +22,6 @@ from accord_shared.messages import (
     IntroduceRequest,
     MaskedUpload,
     MaskRequest,
-    NeighbourRequest,
-    Neighbours,
     Opened,
     OpenRequest,
     SurvivorsRequest,
@@ -33,8 +31,8 @@ from accord_shared.quantize import pack
 from accord_shared.receipts import NO_LEDGER, Head, Seen
 from accord_shared.roster import Roster
 from accord_shared.secagg import shamir
+from accord_shared.secagg.choices import Edges, check_choice, own_choice
 from accord_shared.secagg.dealing import dealt, opened_part
-from accord_shared.secagg.graph import choose_neighbours, most_left_out
 from accord_shared.secagg.keys import (
     KEM_SEED_BYTES,
     SESSION_BYTES,
@@ -64,6 +62,8 @@ class _Peer:
 
     session: bytes
     kem_secret: bytes
+    choice: bytes
+    """Sparse graph: whom it chose, as it signed."""
 
     def __repr__(self) -> str:
         return "_Peer(…)"
@@ -109,20 +109,22 @@ class Member:
     ) -> None:
         if roster.hash != terms.roster_hash:
             raise ProtocolError("R1: the run has another roster than this site accepted")
-        roster.member(name)
+        place, sites = roster.place(name), len(roster.members)
+        if terms.sparse and terms.members != sites:
+            raise ProtocolError(f"R1: the run's graph spans {terms.members} sites, the roster has {sites}")
         self._name, self._identity, self._roster, self._terms, self._random = name, identity, roster, terms, random
         self._head = head
         self._session = random(SESSION_BYTES)
         self._kem = MLKEM768PrivateKey.from_seed_bytes(random(KEM_SEED_BYTES))
         self._keys: dict[int, X25519PrivateKey] = {}
         self._peers: dict[str, _Peer] = {}
-        self._chosen: frozenset[str] | None = None
-        self._run_names: tuple[str, ...] = ()
+        names = (terms.roster_hash, terms.plan_hash)
+        self._choice = own_choice(identity, *names, place, sites, terms.degree) if terms.sparse else b""
         self._last = (0, 0)
         self._opened_round = 0
         self._current: _Round | None = None
         public = self._kem.public_key().public_bytes_raw()
-        self.credential = Credential(self._session, public).issue(terms, name, identity)
+        self.credential = Credential(self._session, public, self._choice).issue(terms, name, identity)
         self._bundles: dict[int, bytes] = {}
         self._renew()
 
@@ -145,25 +147,6 @@ class Member:
             self._head = head
             self._renew()
 
-    def choose(self, request: NeighbourRequest) -> Neighbours:
-        """Choose the neighbours of a sparse graph, once per session (section 9).
-
-        Raises:
-            ProtocolError: another run, unknown names, or a choice that was made before.
-        """
-        self._check_run(request.run_id)
-        self._check_names(request.names)
-        if self._chosen is not None:
-            raise ProtocolError("R9: the neighbours are chosen already")
-        degree = self._terms.thresholds(len(request.names)).degree
-        if degree is None:
-            raise ProtocolError("R9: the graph is complete, nobody chooses")
-        own = request.names.index(self._name)
-        chosen = choose_neighbours(own, len(request.names), degree, self._random)
-        self._chosen = frozenset(request.names[index] for index in chosen)
-        self._run_names = request.names
-        return Neighbours(run_id=request.run_id, chosen=chosen)
-
     def introduce(self, request: IntroduceRequest) -> Introduced:
         """Encapsulate to each peer.
 
@@ -180,7 +163,7 @@ class Member:
             own, peer = Party(self._name, self._session), Party(name, credential.session)
             introduction, secret = introduce(self._terms, self._identity, own, peer, credential.kem_public)
             sent.append(introduction)
-            made[name] = _Peer(session=credential.session, kem_secret=secret)
+            made[name] = _Peer(credential.session, secret, credential.choice)
         self._peers.update(made)
         return Introduced(run_id=request.run_id, introductions=tuple(sent))
 
@@ -209,10 +192,10 @@ class Member:
             bundles=request.bundles,
             model_hash=model_hash,
             coordinator=request.coordinator,
-            run_names=self._run_names,
+            choices=request.choices,
         )
         own = request.cohort.index(self._name)
-        partners = self._partners(request.cohort)
+        partners, holders = self._edges(request, own)
         private = self._own_key(request.bundles[own])
         self._current = _Round(
             attempt=attempt,
@@ -220,7 +203,7 @@ class Member:
             thresholds=thresholds,
             own=own,
             partners=partners,
-            holders=self._holders(request.cohort, own, partners),
+            holders=holders,
             pairs={index: self._pair(attempt, own, index, private) for index in partners},
         )
         bundles = {request.cohort[index]: Bundle.parse(request.bundles[index]) for index in partners}
@@ -334,12 +317,15 @@ class Member:
         if current.opening != request:
             self.check_opening(request)
         pairs = zip(request.survivors, request.sealed, strict=True)
-        shares = tuple(self._share(current, sender, blob, request.survivors) for sender, blob in pairs)
+        removed = self._terms.removed(len(request.survivors), len(request.signers))
+        shares = tuple(self._share(current, sender, blob, request.survivors, removed) for sender, blob in pairs)
         self._opened_round = current.attempt.round
         self._current = None
         return Opened(run_id=request.run_id, round=request.round, attempt=request.attempt, shares=shares)
 
-    def _share(self, current: _Round, sender: int, blob: bytes, survivors: Sequence[int]) -> bytes:
+    def _share(
+        self, current: _Round, sender: int, blob: bytes, survivors: Sequence[int], removed: Sequence[int]
+    ) -> bytes:
         """The part of what `sender` dealt that may be opened: b of a survivor, seeds of its pairs with the dropped.
 
         Empty where nothing was dealt, or what came is not the sender's: a corrupt site must not stop the round.
@@ -351,9 +337,8 @@ class Member:
                 return b""
             key = keys.seal_down if current.own < sender else keys.seal_up
             plain = unseal(key, blob, current.attempt.shares_data(sender, current.own))
-        terms = self._terms
-        removed = terms.removed(len(survivors))
-        return opened_part(plain or b"", len(current.attempt.cohort), survivors, terms.components, removed)
+        count, components = len(current.attempt.cohort), self._terms.components
+        return opened_part(plain or b"", count, survivors, components, removed)
 
     # Rules (section 8)
 
@@ -386,26 +371,9 @@ class Member:
             raise ProtocolError(f"R3: a cohort of {count}, the plan says {self._terms.size}")
         if len(request.bundles) != count:
             raise ProtocolError(f"R4: {len(request.bundles)} bundles for {count} sites")
-        if not self._terms.sparse:
-            return self._terms.thresholds(count)
-        if self._terms.noise is not None and len(self._run_names) > self._terms.size:
-            raise ProtocolError(f"R3: noise is divided for a run of {self._terms.size} sites")
-        if count < self._terms.minimum:
+        if self._terms.sparse and count < self._terms.minimum:
             raise ProtocolError(f"R3: a cohort of {count}, cohort.minimum is {self._terms.minimum}")
-        if not set(self._run_names).issuperset(request.cohort):
-            raise ProtocolError("R3: a site that was not there when neighbours were chosen")
-        rule = self._terms.thresholds(len(self._run_names))
-        self._check_left_out(rule)
-        return rule
-
-    def _check_left_out(self, rule: Thresholds) -> None:
-        """Noise is divided for so many honest survivors that a sum may miss; a smaller run has fewer neighbours."""
-        terms = self._terms
-        if terms.noise is None:
-            return
-        left_out = most_left_out(rule.sites, terms.minimum, terms.colluders, rule.degree or 0)
-        if terms.colluders + left_out > terms.noise.colluders:
-            raise ProtocolError(f"R3: of a run of {rule.sites} sites a sum may miss {left_out}, more than noise is for")
+        return self._terms.thresholds(count)
 
     def _learn(self, request: MaskRequest) -> None:
         """Verify and keep the introductions that came along."""
@@ -417,25 +385,36 @@ class Member:
             peer = Party(name, credential.session)
             member = self._roster.member(name)
             secret = accept_introduction(self._terms, introduction, member, peer, own, self._kem)
-            learned[name] = _Peer(session=credential.session, kem_secret=secret)
+            learned[name] = _Peer(credential.session, secret, credential.choice)
         self._peers.update(learned)
 
     def _credential(self, name: str, data: bytes) -> Credential:
         if name == self._name:
             raise ProtocolError("R5: a site is not its own peer")
-        return Credential.read(data, self._terms, self._roster.member(name))
+        return Credential.read(data, self._terms, self._roster, name)
 
-    def _partners(self, cohort: Sequence[str]) -> tuple[int, ...]:
-        """Indices of M_u; R5."""
-        needed = [name for name in cohort if name != self._name and (self._chosen is None or name in self._chosen)]
-        missing = [name for name in needed if name not in self._peers]
-        if missing:
-            raise ProtocolError(f"R5: {missing[0]!r} was never introduced")
-        return tuple(index for index, name in enumerate(cohort) if name in self._peers)
+    def _edges(self, request: MaskRequest, own: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """M_u and the holders of this site's secrets, as cohort indices; R5."""
+        places = [self._roster.place(name) for name in request.cohort]
+        self._check_choices(request, own, places)
+        partners, holders = Edges(request.choices, places).of(own)
+        for index in partners:
+            name = request.cohort[index]
+            if name not in self._peers:
+                raise ProtocolError(f"R5: {name!r} was never introduced")
+            if request.choices and request.choices[index] != self._peers[name].choice:
+                raise ProtocolError(f"R5: {name!r} signed another choice than is shown")
+        return partners, holders
 
-    def _holders(self, cohort: Sequence[str], own: int, partners: Sequence[int]) -> tuple[int, ...]:
-        chosen = self._chosen
-        return tuple(sorted([own, *(index for index in partners if chosen is None or cohort[index] in chosen)]))
+    def _check_choices(self, request: MaskRequest, own: int, places: Sequence[int]) -> None:
+        """Choices of others need no signature: whoever is shown something untrue has another context than they."""
+        terms = self._terms
+        if len(request.choices) != (len(places) if terms.sparse else 0):
+            raise ProtocolError(f"R5: {len(request.choices)} choices for {len(places)} sites")
+        for name, place, choice in zip(request.cohort, places, request.choices, strict=False):
+            check_choice(choice, name, place, terms.members, terms.degree)
+        if request.choices and request.choices[own] != self._choice:
+            raise ProtocolError("R5: this site chose others than is shown")
 
     def _own_key(self, bundle: bytes) -> X25519PrivateKey:
         """The private key of one's own bundle (R4); older ones are forgotten."""

@@ -37,7 +37,7 @@ class Thresholds:
     """What certifies and what opens. `degree` is None on the complete graph, else k of the sparse one."""
 
     sites: int
-    """Sites that the numbers were computed for: n of the cohort, on a sparse graph N of the run."""
+    """Sites that the numbers were computed for: n of the cohort, on a sparse graph N of the roster."""
     sign: int
     """Signatures that certify a survivor set."""
     share: int

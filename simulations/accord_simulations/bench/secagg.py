@@ -315,7 +315,7 @@ class Federation:
             attempt = Attempt(
                 self._terms, self._round, 1, cohort, bundles, _MODEL_HASH, self._private.public_key().public_bytes_raw()
             )
-            collector = self._collector(attempt)
+            collector = Collector(attempt, self._roster, self._private)
         plain, sizes = np.zeros(self._settings.dim, dtype=np.int64), []
         for index, site in enumerate(self._survivors):
             upload, words = site.upload(self._request(attempt, site.name), self._vector(index))
@@ -346,12 +346,6 @@ class Federation:
                 opened = site.member.open(requests[index])
             with server.running():
                 collector.add_opening(index, opened)
-
-    def _collector(self, attempt: Attempt) -> Collector:
-        everyone = tuple(range(len(attempt.cohort)))
-        partners = {index: (*everyone[:index], *everyone[index + 1 :]) for index in everyone}
-        holders = dict.fromkeys(everyone, everyone)
-        return Collector(attempt, self._roster, self._terms.thresholds(len(everyone)), partners, holders, self._private)
 
     def _request(self, attempt: Attempt, name: str) -> MaskRequest:
         """Trip 1's request, with what the site has not been told yet. Its model is free, as the peer's is."""
