@@ -54,7 +54,8 @@ def secure_facts(plan: Plan, dimension: int) -> dict[str, Any]:
     blob = map_bytes(cohort) + SHARE_BYTES * (1 + partners + terms.components) + TAG_BYTES
     opened = SHARE_BYTES * (holders + 1) * (1 + partners * (cohort - plan.cohort.minimum) // cohort)
     up = packed_bytes(terms.bits, terms.dimension) + TAG_BYTES + BUNDLE_BYTES + holders * blob + opened
-    certificate = (4 + ED25519_SIGNATURE) * rule.sign if terms.mode == "malicious" else 0
+    signers = cohort if terms.counts_signers else rule.sign
+    certificate = (4 + ED25519_SIGNATURE) * signers if terms.mode == "malicious" else 0
     down = 4 * dimension + 32 + BUNDLE_BYTES * cohort + choices + 8 * cohort + certificate + holders * blob
     facts: dict[str, Any] = {} if terms.noise is None else noise_facts(plan, terms.noise)
     return facts | {

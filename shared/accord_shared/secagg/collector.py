@@ -102,8 +102,8 @@ class Collector:
         count = len(self._attempt.cohort)
         least = count if count <= SMALL_MAX else self._attempt.terms.minimum
         self._check_enough(len(self._survivors), least, "uploaded")
-        terms, attempt, count = self._attempt.terms, self._attempt, len(self._survivors)
-        self._removed = terms.removed(count, count)
+        terms, attempt = self._attempt.terms, self._attempt
+        self._removed = terms.removed(len(self._survivors), len(self._survivors))
         return SurvivorsRequest(terms.run_id, attempt.round, attempt.attempt, self._survivors)
 
     def add_signature(self, index: int, reply: SurvivorsSigned) -> None:
