@@ -71,7 +71,7 @@ class Attempt:
         request = self.table["request"]
         shown = {key: request[key] for key in ("round", "attempt", "coordinator", "cohort", "bundles")}
         model = second.sha256(self.get(request["weights"])).hex()
-        return second.context(self.terms, {**shown, "model_hash": model, "run_names": []})
+        return second.context(self.terms, {**shown, "model_hash": model, "choices": []})
 
     @property
     def threshold(self) -> int:

@@ -17,6 +17,7 @@ from accord_shared.secagg.choices import Edges, own_choice
 from accord_shared.secagg.graph import most_left_out, sparse_thresholds
 from accord_shared.secagg.keys import CREDENTIAL_BYTES, Credential
 from accord_shared.secagg.member import Member
+from vectors import second
 from vectors.make_transcript import (
     MANY,
     SPARSE_FILE,
@@ -66,6 +67,7 @@ def test_a_choice_follows_from_the_seed() -> None:
     for row in table["drawn"]:
         made = own_choice(identity, *hashes, row["place"], row["members"], row["degree"])
         assert made.hex() == row["choice"]
+        assert second.choice(seed, *hashes, row["place"], row["members"], row["degree"]) == made
 
 
 def test_the_edges_and_the_context_follow_from_the_request() -> None:
@@ -74,6 +76,9 @@ def test_the_edges_and_the_context_follow_from_the_request() -> None:
     assert {len(choice) for choice in request.choices} == {11}
     partners, holders = Edges(request.choices, range(88)).of(0)
     assert (list(partners), list(holders)) == (expected["partners"], expected["holders"])
+    for place in range(88):
+        both = Edges(request.choices, range(88)).of(place)
+        assert second.edges(request.choices, range(88), place) == tuple(map(list, both))
     assert set(request.peers) == {MANY[index] for index in partners}  # a site introduces itself to nobody before it
     assert attempt_of(TERMS, request).context.hex() == expected["context"]
 

@@ -355,7 +355,7 @@ def keys(old: Json) -> Json:
     shared = replace(terms, noise=_example_shares(), own_noise=False)
     contexts = [
         _context(attempt),
-        _context(replace(attempt, run_names=("a", "b", "c"), terms=shared)),
+        _context(replace(attempt, choices=(b"\x40", b"\x80"), terms=shared)),
         _context(replace(attempt, model_hash="23" * 32)),
     ]
     private = {name: X25519PrivateKey.from_private_bytes(run_seeds(name)[2]) for name in ("a", "b")}
@@ -411,7 +411,7 @@ def _site(name: str, terms: RunTerms, roster: Roster, old: Json) -> Json:
     known = old.get("sites", {}).get(name, {}).get("credential", "")[2 * (16 + 1184) :]
     both = _both("", credential.signed_bytes(terms, name), identity, {"signature": known})["signature"]
     data = session + public + bytes.fromhex(both)
-    Credential.read(data, terms, roster.member(name))
+    Credential.read(data, terms, roster, name)
     ours = X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
     head = Head(5, sha256(name.encode()).digest()) if name == "b" else Head()
     made = Bundle(session, 0 if name == "a" else 7, ours, head)
@@ -464,7 +464,7 @@ def _context(attempt: Attempt) -> Json:
             "attempt": attempt.attempt,
             "model_hash": attempt.model_hash,
             "coordinator": attempt.coordinator.hex(),
-            "run_names": list(attempt.run_names),
+            "choices": [choice.hex() for choice in attempt.choices],
             "cohort": list(attempt.cohort),
             "bundles": [bundle.hex() for bundle in attempt.bundles],
         },
@@ -484,8 +484,12 @@ def _refused_keys(made: dict[str, Json], terms: RunTerms, roster: Roster, attemp
         ("bundle of another head", _flipped(bundle, 60), lambda data: Bundle.read(data, terms, member)),
         ("bundle with a point of low order", forged, lambda data: Bundle.read(data, terms, member)),
         ("bundle of another site", bytes.fromhex(made["a"]["bundle"]), lambda data: Bundle.read(data, terms, member)),
-        ("credential of another session", _flipped(credential, 0), lambda data: Credential.read(data, terms, member)),
-        ("credential, ML-DSA-65", _flipped(credential, -1), lambda data: Credential.read(data, terms, member)),
+        (
+            "credential of another session",
+            _flipped(credential, 0),
+            lambda data: Credential.read(data, terms, roster, "b"),
+        ),
+        ("credential, ML-DSA-65", _flipped(credential, -1), lambda data: Credential.read(data, terms, roster, "b")),
         ("exchange with zero", bytes(32), lambda data: pair_keys(attempt, private, data, bytes(32), ("a", "b"))),
     ]
     return [

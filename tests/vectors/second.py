@@ -288,11 +288,46 @@ def kem_secret(run_id: str, parties: Sequence[Any], ciphertext: bytes, kem_seed:
 def context(terms: Json, shown: Json) -> bytes:
     parts: list[Any] = [1, terms["run_id"], shown["round"], shown["attempt"], terms["roster_hash"], terms["plan_hash"]]
     parts += [terms["mode"], terms["bits"], terms["bound"], terms["dimension"], shown["model_hash"]]
-    parts += [bytes.fromhex(shown["coordinator"]), shown["run_names"], shown["cohort"]]
+    parts += [bytes.fromhex(shown["coordinator"]), [bytes.fromhex(item) for item in shown["choices"]], shown["cohort"]]
     parts += [[bytes.fromhex(item) for item in shown["bundles"]]]
     if terms["noise"] is not None:
         parts.append(terms["noise"])
     return sha256(frame("accord/1/context", *parts))
+
+
+# --- sparse graphs [9]
+
+
+def choice(ed25519_seed: bytes, roster_hash: str, plan_hash: str, own: int, members: int, degree: int) -> bytes:
+    """The bit map of the member at place `own`."""
+    key = derived_key(ed25519_seed, frame("accord/1/neighbours", roster_hash, plan_hash))
+    stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+
+    def below(bound: int) -> int:
+        while True:
+            word = int.from_bytes(stream.update(bytes(8)), "little")
+            if word < 2**64 - 2**64 % bound:
+                return word % bound
+
+    taken: list[int] = []
+    for last in range(members - 1 - degree, members - 1):
+        drawn = below(last + 1)
+        taken.append(last if drawn in taken else drawn)
+    bits = ["0"] * (-(-members // 8) * 8)
+    for index in taken:
+        bits[index if index < own else index + 1] = "1"
+    return int("".join(bits), 2).to_bytes(len(bits) // 8, "big")
+
+
+def has(bit_map: bytes, place: int) -> bool:
+    return bit_map[place // 8] & (128 >> place % 8) != 0
+
+
+def edges(choices: Sequence[bytes], places: Sequence[int], own: int) -> tuple[list[int], list[int]]:
+    """Mask partners and holders of one of the cohort."""
+    chosen = [index for index, place in enumerate(places) if has(choices[own], place)]
+    choosers = [index for index, theirs in enumerate(choices) if has(theirs, places[own])]
+    return sorted({*chosen, *choosers}), sorted({*chosen, own})
 
 
 def exchange(private: bytes, public: bytes) -> bytes:
