@@ -64,6 +64,32 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("R9 note attempt", MEMBER, "self._last = (request.round, request.attempt)", "pass"),
     ("R9 other attempt", MEMBER, "if (request.round, request.attempt) != (current.attempt.round, current.attempt.attempt):", "if False:"),
     ("R9 order", MEMBER, "if self._current is None or self._current.masked is not masked:", "if self._current is None:"),
+    ("context", KEYS, "okm = _hkdf(shared + kem_secret, attempt.context,", "okm = _hkdf(shared + kem_secret, b\"\","),
+    ("context model", KEYS, "shown = (t.dimension, self.model_hash,", "shown = (t.dimension,"),
+    ("survivors context", KEYS, '"accord/1/survivors", self.context,', '"accord/1/survivors",'),
+    ("self mask", MEMBER, "plus = [self_mask, *(", "plus = [*("),
+    ("post-quantum secret", KEYS, "_hkdf(shared + kem_secret, attempt", "_hkdf(shared, attempt"),
+    ("one kind of share", DEALING, " if index not in alive)]", ")]"),
+    ("share length", DEALING, "if len(shares) != SHARE_BYTES * (1 + len(partners) + components):", "if False:"),
+    ("site policy at use", SITE, "        self._check_policy(plan)\n        if not 1", "        if not 1"),
+    ("site policy mode", SITE, "if _STRENGTH[mode] < _STRENGTH[least]:", "if False:"),
+    ("site policy privacy", SITE, 'if plan.privacy.noise == "none" and not self._accept_without_privacy:', "if False:"),
+    ("site roster", SITE, "if enquiry.roster_hash != roster.hash:", "if False:"),
+    ("site roster terms", SITE, "if plan.cohort.minimum < roster.minimum or plan.cohort.colluders < roster.colluders:", "if False:"),
+    ("site plan hash", SITE, "if plan.hash != enquiry.plan_hash:", "if False:"),
+    ("site unmasked", SITE, 'if plan.secure_aggregation.mode != "off":', "if False:"),
+    ("R10 opened", SITE, "if request.round <= spent.opened_round:", "if False:"),
+    ("R10 note", SITE, "self._store.note_opened(plan_hash, request.round)", "pass"),
+    ("R2 site past", SITE, "if (request.round, request.attempt) <= (spent.last_round, spent.last_attempt):", "if False:"),
+    ("R2 site note", SITE, "self._store.note_attempt(request.plan_hash, request.attempt)", "pass"),
+    ("R2 site present", SITE, "if (request.round, request.attempt) != (spent.last_round, spent.last_attempt):", "if False:"),
+    ("R2 site cohort", SITE, "if request.round == spent.last_round and not set(request.cohort) <= set(spent.last_cohort):", "if False:"),
+    ("lock", "client/accord_client/members.py", "with self._lock:", "if True:"),
+    ("run on other terms", "client/accord_client/members.py", "if known[0] != terms:", "if False:"),
+    ("roster sybil", "shared/accord_shared/roster.py", "            if owner != member.name:", "            if False:"),
+]  # fmt: skip
+
+CHOICE_MUTANTS: list[tuple[str, str, str, str]] = [
     ("choice drawn anew", MEMBER, "own_choice(identity, *names,", "own_choice(Identity.from_seeds(random(32), random(32)), *names,"),
     ("choice of the run", MEMBER, "names = (terms.roster_hash, terms.plan_hash)", "names = (terms.run_id, terms.plan_hash)"),
     ("choice of the roster", CHOICES, 'frame("accord/1/neighbours", roster_hash, plan_hash)', 'frame("accord/1/neighbours", plan_hash)'),
@@ -85,31 +111,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("choosers are partners", CHOICES, "np.flatnonzero(chosen | choosers)", "np.flatnonzero(chosen)"),
     ("chosen are partners", CHOICES, "np.flatnonzero(chosen | choosers)", "np.flatnonzero(choosers)"),
     ("chosen are holders", CHOICES, "holds = chosen.copy()", "holds = chosen | choosers"),
-    ("context", KEYS, "okm = _hkdf(shared + kem_secret, attempt.context,", "okm = _hkdf(shared + kem_secret, b\"\","),
-    ("context model", KEYS, "shown = (t.dimension, self.model_hash,", "shown = (t.dimension,"),
-    ("survivors context", KEYS, '"accord/1/survivors", self.context,', '"accord/1/survivors",'),
-    ("self mask", MEMBER, "plus = [self_mask, *(", "plus = [*("),
-    ("post-quantum secret", KEYS, "_hkdf(shared + kem_secret, attempt", "_hkdf(shared, attempt"),
-    ("one kind of share", DEALING, " if index not in alive)]", ")]"),
-    ("share length", DEALING, "if len(shares) != SHARE_BYTES * (1 + len(partners) + components):", "if False:"),
-    ("site policy at use", SITE, "        self._check_policy(plan)\n        if not 1", "        if not 1"),
-    ("site policy mode", SITE, "if _STRENGTH[mode] < _STRENGTH[least]:", "if False:"),
-    ("site policy privacy", SITE, 'if plan.privacy.noise == "none" and not self._accept_without_privacy:', "if False:"),
-    ("site roster", SITE, "if enquiry.roster_hash != roster.hash:", "if False:"),
-    ("site roster terms", SITE, "if plan.cohort.minimum < roster.minimum or plan.cohort.colluders < roster.colluders:", "if False:"),
-    ("site plan hash", SITE, "if plan.hash != enquiry.plan_hash:", "if False:"),
-    ("site unmasked", SITE, 'if plan.secure_aggregation.mode != "off":', "if False:"),
-    ("R10 opened", SITE, "if request.round <= spent.opened_round:", "if False:"),
-    ("R10 note", SITE, "self._store.note_opened(plan_hash, request.round)", "pass"),
-    ("R2 site past", SITE, "if (request.round, request.attempt) <= (spent.last_round, spent.last_attempt):", "if False:"),
-    ("R2 site note", SITE, "self._store.note_attempt(request.plan_hash, request.attempt)", "pass"),
-    ("R2 site present", SITE, "if (request.round, request.attempt) != (spent.last_round, spent.last_attempt):", "if False:"),
-    ("R2 site cohort", SITE, "if request.round == spent.last_round and not set(request.cohort) <= set(spent.last_cohort):", "if False:"),
-    ("signers counted", KEYS, "return self.noise is not None and self.sparse", "return False and self.sparse"),
-    ("lock", "client/accord_client/members.py", "with self._lock:", "if True:"),
-    ("run on other terms", "client/accord_client/members.py", "if known[0] != terms:", "if False:"),
-    ("roster sybil", "shared/accord_shared/roster.py", "            if owner != member.name:", "            if False:"),
+    ("choice noise by signers", KEYS, "return self.noise is not None and self.sparse", "return False and self.sparse"),
 ]  # fmt: skip
+"""Of section 9; `test_hostile_choices` alone has to notice."""
 
 SHARING, DISCRETE, ACCOUNTING, EVENTS = (
     f"shared/accord_shared/dp/{name}.py" for name in ("sharing", "discrete", "accounting", "events")
@@ -198,7 +202,9 @@ NOISE_MUTANTS: list[tuple[str, str, str, str]] = [
 
 def killer(mutant: tuple[str, str, str, str]) -> str:
     """Names of the first tests that fail, or nothing."""
-    tests = "tests/adversarial/test_hostile_noise.py" if mutant in NOISE_MUTANTS else "tests/adversarial"
+    tests = "tests/adversarial"
+    if mutant in NOISE_MUTANTS or mutant in CHOICE_MUTANTS:
+        tests += "/test_hostile_noise.py" if mutant in NOISE_MUTANTS else "/test_hostile_choices.py"
     _, file, old, new = mutant
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -224,7 +230,9 @@ def killer(mutant: tuple[str, str, str, str]) -> str:
 
 
 def main() -> int:
-    chosen = [mutant for mutant in MUTANTS + NOISE_MUTANTS if all(word in mutant[0] for word in sys.argv[1:])]
+    chosen = [
+        mutant for mutant in MUTANTS + CHOICE_MUTANTS + NOISE_MUTANTS if all(word in mutant[0] for word in sys.argv[1:])
+    ]
     survivors = 0
     with ThreadPoolExecutor(2) as pool:
         for mutant, found in zip(chosen, pool.map(killer, chosen), strict=True):

@@ -253,6 +253,27 @@ def test_introductions_of_others_add_neither_partners_nor_holders(small: Run) ->
     assert len(own.message.sealed) == 4
 
 
+def test_a_credential_with_another_choice_than_was_signed(small: Run) -> None:
+    own, names = small.credentials["a"], "bcdefgh"
+    other = next(set(four) for four in itertools.combinations(names, 4) if set(four) != small.chosen("a"))
+    small.credentials["a"] = own[: 16 + 1184] + bitmap(small, other) + own[-3373:]
+    small.introduce("d", ["a"])
+    assert small.world.refused(ProtocolError, "the Ed25519 signature of 'a' does not verify")
+
+
+@pytest.mark.parametrize("chosen", ["abd", "abdef", "abcd"], ids=["three", "five", "itself"])
+def test_a_credential_with_what_is_no_choice(small: Run, chosen: str) -> None:
+    """Signed by the corrupt site itself; and one without a choice."""
+    own = Credential.read(small.credentials["c"], small.terms, small.world.roster, "c")
+    false = replace(own, choice=bitmap(small, set(chosen)))
+    small.credentials["c"] = false.issue(small.terms, "c", identity_of("c"))
+    small.introduce("d", ["c"])
+    assert small.world.refused(ProtocolError, "R5: the choice of 'c' is not of 4 others among 8")
+    small.credentials["c"] = replace(own, choice=b"").issue(small.terms, "c", identity_of("c"))
+    small.introduce("d", ["c"])
+    assert small.world.refused(ProtocolError, "the credential of 'c' has 4573 bytes, 4574 were due")
+
+
 @pytest.mark.parametrize("count", [0, 7, 9])
 def test_every_choice_of_the_cohort_is_shown(small: Run, count: int) -> None:
     request = small.mask_request("d")
