@@ -312,7 +312,9 @@ class DeployedSetting(Setting):
 
     def terms(self, run_id: str, roster: Roster) -> RunTerms:
         assert self.plan is not None
-        return RunTerms.of(self.plan, run_id, roster.hash, len(roster.members), self.parameters, noise_multiplier(self.plan))
+        return RunTerms.of(
+            self.plan, run_id, roster.hash, len(roster.members), self.parameters, noise_multiplier(self.plan)
+        )
 
     def update(self, name: str, round_number: int) -> Any:
         terms = self.terms("", self.roster())
