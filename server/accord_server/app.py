@@ -50,6 +50,8 @@ MOST_ASK_AGAIN_S = 15.0
 """Longest pause before a node that did not join is asked once more; it grows with the time it did not."""
 PRESENCE_S = 0.5
 """Pause between two looks for sites that went away."""
+GOODBYE_S = 3.0
+"""A site that says goodbye to Flower for less only connects anew, and answers yet."""
 COME_BACK_S = 60.0
 """How long a round that only some sites may finish waits for these, while others are there to go on without it."""
 MOST_REST_S = 60.0
@@ -376,6 +378,7 @@ class FlowerExchange:
     def _trip(self, requests: Mapping[int, Message], names: Mapping[int, str]) -> Iterator[tuple[int, Reply]]:
         timeout_s, began = self._timing.trip_timeout_s, time.monotonic()
         boots = {node: self._presence.boot(names[node]) for node in requests}
+        seen_at: dict[int, float] = {}
         watched = any(self._presence.heard(site) is not None for site in names.values())
         waiting = dict(self._push(requests, "train", timeout_s))
         started = looked_at = time.monotonic()
@@ -386,9 +389,12 @@ class FlowerExchange:
             for answer in answers:
                 yield waiting.pop(answer.metadata.reply_to_message_id), _reply(answer)
             if start - looked_at >= PRESENCE_S:
-                looked_at, there = start, self._online() if watched else set(requests)
+                looked_at = start
+                there = self._online() if watched else set(requests)
+                seen_at |= dict.fromkeys(there, start)
                 for identity, node in list(waiting.items()):
-                    if gone := self._gone(node, names[node], boots[node], online=node in there):
+                    online = start - seen_at.get(node, started) <= GOODBYE_S
+                    if gone := self._gone(node, names[node], boots[node], online=online):
                         del waiting[identity]
                         yield node, Failure(gone)
             if waiting:  # a look at a thousand sites must not take a whole core, nor a long wait a part of one

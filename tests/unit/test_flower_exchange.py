@@ -328,7 +328,8 @@ def test_who_refuses_one_attempt_alone_goes_on_counting(kind: type[AccordError])
     assert sorted(trips.present()) == ["a", "b", "c"]
 
 
-def test_who_says_goodbye_is_neither_asked_nor_waited_for() -> None:
+def test_who_says_goodbye_is_neither_asked_nor_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accord_server.app.GOODBYE_S", 0.2)
     nodes, known = three()
     trips = exchange(nodes, known, replace(QUICK, trip_timeout_s=60.0))
     trips.join(3, 3)

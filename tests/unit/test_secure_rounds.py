@@ -16,11 +16,13 @@ import pytest
 from accord_client import members as members_module
 from accord_client.members import LocalMembers
 from accord_client.site import Site
+from accord_server.checkpoint import CheckpointFolder
 from accord_server.rounds import Coordinator
 from accord_server.secagg import SecureAggregation
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.canonical import decimal_string
 from accord_shared.dp.accounting import noise_multiplier
+from accord_shared.errors import AccordError, OutputError, Unreachable
 from accord_shared.messages import (
     Enquiry,
     Joined,
@@ -39,7 +41,7 @@ from accord_shared.secagg import member as member_module
 from accord_shared.secagg.masking import Words
 from accord_shared.secagg.member import Member
 from accord_shared.wire import encode
-from conformance.federation import RUN, identity, names_of, roster_of
+from conformance.federation import RUN, LossyExchange, identity, names_of, roster_of
 from conformance.lab import Lab, lab_plan
 from conformance.secure_lab import SIZE, Crash, SecureLab, secure_lab_plan
 
@@ -223,6 +225,115 @@ def test_further_attempts_do_not_ask_who_joined_meanwhile(tmp_path: Path) -> Non
 
     lab.exchange.lost = lost
     assert coordinate(lab) == [(2, 5), (0, 6), (0, 6), (0, 6)]
+
+
+class ComingAndGoing(LossyExchange):
+    """Sites that are not there are neither present nor answer. A wait for sites notes whom it is for."""
+
+    away: frozenset[str] = frozenset()
+    waits: list[frozenset[str] | None]
+
+    def present(self) -> tuple[str, ...]:
+        return tuple(name for name in self.sites() if name not in self.away)
+
+    def ready(self, minimum: int, among: Any = None) -> bool:
+        wanted = set(self.present()) if among is None else set(self.present()) & set(among)
+        if len(wanted) < minimum:
+            self.waits.append(among)
+        return len(wanted) >= minimum
+
+
+def coming_and_going(folder: Path) -> tuple[SecureLab, ComingAndGoing]:
+    lab = SecureLab(folder, secure_lab_plan(6, **{"cohort.minimum": 5}), sites=6)
+    made = ComingAndGoing(lab.exchange._handlers, lab.enquiry)
+    made.waits = []
+    lab.exchange = made
+    made.join()
+    return lab, made
+
+
+def charged(lab: SecureLab) -> dict[str, int]:
+    return {name: lab.rounds(name) for name in lab.names}
+
+
+def test_no_update_is_asked_for_once_too_few_are_left(tmp_path: Path) -> None:
+    """They leave between the choice of the cohort and the first request."""
+    lab, exchange = coming_and_going(tmp_path)
+
+    def begin(members: tuple[str, ...]) -> None:
+        exchange.away = frozenset(lab.names[:2])
+
+    aggregate = lab.aggregation.collect(lab.request(1), lab.names, exchange, begin)
+    assert "a sum needs 5: none was asked" in aggregate.failures["the attempt"]
+    assert not aggregate.survivors
+    assert charged(lab) == dict.fromkeys(lab.names, 0)
+    exchange.away = frozenset()
+    assert lab.collect(1, attempt=2).survivors == lab.names
+
+
+def test_too_few_that_are_ready_are_not_asked_and_it_is_no_attempt(tmp_path: Path) -> None:
+    lab, exchange = coming_and_going(tmp_path)
+    begun: list[tuple[str, ...]] = []
+    aggregate = lab.aggregation.collect(lab.request(1), lab.names[:4], exchange, begun.append)
+    assert (begun, aggregate.begun) == ([], False)
+    assert "4 sites are ready, a sum needs 5" in aggregate.failures["the attempt"]
+    assert charged(lab) == dict.fromkeys(lab.names, 0)
+
+
+@pytest.mark.parametrize("error", [OutputError, Unreachable])
+def test_a_fault_of_the_coordinator_is_no_failed_attempt(error: type[AccordError], tmp_path: Path) -> None:
+    lab, exchange = coming_and_going(tmp_path)
+
+    def begin(members: tuple[str, ...]) -> None:
+        raise error("the database is away")
+
+    with pytest.raises(error):
+        lab.aggregation.collect(lab.request(1), lab.names, exchange, begin)
+    assert charged(lab) == dict.fromkeys(lab.names, 0)
+    assert lab.collect(1).survivors == lab.names
+
+
+def test_a_round_whose_sites_do_not_come_back_costs_one_attempt_and_the_run_goes_on(tmp_path: Path) -> None:
+    """One site restarts while another is lost for good: the round can only be finished by both, so it is given up."""
+    lab, exchange = coming_and_going(tmp_path)
+    restarting, lost = lab.names[4], lab.names[5]
+
+    def fails(name: str, message: Message) -> bool:
+        if message == lab.enquiry:
+            return False
+        first = isinstance(message, SurvivorsRequest) and message.round == 1
+        if first and name == lab.names[0]:
+            exchange.away = frozenset((lost,))  # the other one is back
+        return first
+
+    exchange.away, exchange.lost = frozenset((restarting,)), fails  # type: ignore[method-assign]
+    assert coordinate(lab) == [(1, 0), (0, 5), (0, 5), (0, 5)]
+    assert exchange.waits == [frozenset(set(lab.names) - {restarting})]
+    wasted = {name: count - 3 for name, count in charged(lab).items() if name != lost}
+    assert wasted == {name: 0 if name == restarting else 1 for name in wasted}
+
+
+def test_a_coordinator_that_was_killed_knows_whom_a_further_attempt_may_ask(tmp_path: Path) -> None:
+    """Found: it asked others, whom those that had answered refused, to the last attempt."""
+    lab, exchange = coming_and_going(tmp_path / "sites")
+    absent = lab.names[5]
+    exchange.away = frozenset((absent,))
+
+    def dies(name: str, message: Message) -> bool:
+        if isinstance(message, SurvivorsRequest):
+            raise KeyboardInterrupt
+        return False
+
+    exchange.lost = dies  # type: ignore[method-assign]
+    initial, folder = np.zeros(lab.dimension, dtype=np.float32), CheckpointFolder(tmp_path / "checkpoint")
+    with pytest.raises(KeyboardInterrupt):
+        Coordinator(lab.plan, RUN, initial, aggregation=lab.aggregation, checkpoints=folder).run(exchange)
+    exchange.away, exchange.lost = frozenset(), lambda name, message: False  # type: ignore[method-assign]
+    again = Coordinator(lab.plan, RUN, initial, aggregation=lab.new_aggregation(), checkpoints=folder)
+    again.run(exchange)
+    assert [(entry["aborted_attempts"], len(entry["survivors"])) for entry in again.history] == [
+        (0, 5), (0, 6), (0, 6), (0, 6),
+    ]  # fmt: skip
 
 
 def test_an_attempt_is_answered_once_and_never_an_earlier_one(lab: SecureLab) -> None:
