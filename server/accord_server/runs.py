@@ -244,9 +244,7 @@ class Runs:
             roster = self._rosters.roster
         except RosterError as error:
             raise PlanError(str(error)) from None
-        if plan.cohort.minimum > len(roster.members):
-            members = len(roster.members)
-            raise PlanError(f"cohort.minimum = {plan.cohort.minimum}, but the roster has {members} members")
+        plan.check_roster(len(roster.members))
 
     def stop(self, run: str) -> pb.RunInfo:
         """Stop a run; `resume` continues it at the round that it was in.

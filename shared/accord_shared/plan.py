@@ -328,6 +328,31 @@ class Plan(Table):
         degree = sparse_thresholds(cohort.size, cohort.minimum, cohort.colluders).degree or 0
         return cohort.size - cohort.colluders - most_left_out(cohort.size, cohort.minimum, cohort.colluders, degree)
 
+    def check_roster(self, members: int) -> None:
+        """A sparse graph spans all members of the roster, be they more than `cohort.size` or fewer (PROTOCOL.md, 9).
+
+        Raises:
+            PlanError: no secure sum on such a roster: one line with the numbers.
+        """
+        cohort = self.cohort
+        if self.secure_aggregation.mode == "off":
+            return
+        if cohort.minimum > members:
+            raise PlanError(f"cohort.minimum = {cohort.minimum}, but the roster has {members} members")
+        if cohort.size <= COMPLETE_MAX:
+            return
+        try:
+            degree = sparse_thresholds(members, cohort.minimum, cohort.colluders).degree or 0
+        except PlanError as error:
+            raise PlanError(f"above {COMPLETE_MAX} sites the graph spans the roster: {error}") from None
+        left_out = most_left_out(members, cohort.minimum, cohort.colluders, degree)
+        divided_for = cohort.size - cohort.colluders - self.noise_sharers
+        if self.shared_noise and left_out > divided_for:
+            raise PlanError(
+                f"on a roster of {members} a sum may miss {left_out} honest sites, and the noise is divided for "
+                f"{divided_for}, as on one of {cohort.size}: set cohort.size to {members}"
+            )
+
     @property
     def steps(self) -> int:
         """Most noisy gradient steps of one site over the whole run."""

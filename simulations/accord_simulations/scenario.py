@@ -215,6 +215,7 @@ def resolve(
     fixed = {*changes, *(key for entry in matching for key in entry.set)}
     if scenario.auto is not None and plan.privacy.noise != "none" and "server.learning_rate" not in fixed:
         plan = plan.revised({"server.learning_rate": scenario.auto.learning_rate(plan)})
+    plan.check_roster(participants)  # all of them are on it
     return Resolved(
         scenario=scenario,
         population=population,

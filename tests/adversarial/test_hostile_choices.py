@@ -211,7 +211,7 @@ def test_a_cohort_below_the_minimum(small: Run) -> None:
     [
         (1000, 700, 0, 1051, "1051 sites with 0 colluders need 701 to sign, more than cohort.minimum = 700"),
         (130, 125, 0, 1000, "1000 sites with 0 colluders need 667 to sign"),
-        (130, 125, 0, 124, "secure aggregation of 124 sites: needs at least 2 and cohort.minimum = 125"),
+        (130, 125, 0, 124, "cohort.minimum = 125, but the roster has 124 members"),
         (200, 180, 60, 300, "300 sites with 60 colluders need 201 to sign"),
     ],
 )
@@ -223,7 +223,7 @@ def test_plans_that_no_graph_over_the_roster_serves_are_refused(
     changes = {"cohort.minimum": minimum, "cohort.colluders": colluders, "privacy.noise": "none"}
     plan = secure_plan(size, changes)
     RunTerms.of(plan, "run", "0" * 64, size, DIMENSION, 0.0)
-    with pytest.raises(PlanError, match=f"above 128 sites the graph spans the roster: ({says})"):
+    with pytest.raises(PlanError, match=f"^(above 128 sites the graph spans the roster: )?{says}"):
         RunTerms.of(plan, "run", "0" * 64, members, DIMENSION, 0.0)
 
 

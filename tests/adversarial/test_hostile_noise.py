@@ -507,7 +507,7 @@ def test_other_integers_are_another_context() -> None:
         (200, 160, 167, "on a roster of 167 a sum may miss 2 honest sites, and the noise is divided for 1"),
         (200, 160, 230, ""),
         (200, 160, 240, "240 sites with 0 colluders need 161 to sign, more than cohort.minimum = 160"),
-        (200, 160, 159, "secure aggregation of 159 sites: needs at least 2 and cohort.minimum = 160"),
+        (200, 160, 159, "cohort.minimum = 160, but the roster has 159 members"),
         (129, 100, 110, ""),
     ],
 )

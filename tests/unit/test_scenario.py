@@ -75,6 +75,17 @@ def test_tuned_keys_apply_when_they_match_and_yield_to_the_user() -> None:
     assert (lora.adapter.layers, lora.adapter.freeze_a, lora.run.rounds) == ("last:2", True, 8)
 
 
+def test_a_cohort_much_smaller_than_a_large_population_is_refused_with_the_reason() -> None:
+    """All participants are on the roster, and above 128 sites the graph spans it."""
+    few = {"cohort.size": 200, "cohort.minimum": 160}
+    assert resolved("bank-demo", few, participants=230).cohort.size == 200
+    with pytest.raises(PlanError, match="spans the roster: 400 sites with 0 colluders need 267 to sign"):
+        resolved("bank-demo", few, participants=400)
+    with pytest.raises(PlanError, match=r"cohort\.minimum = 160, but the roster has 100 members"):
+        resolved("bank-demo", few, participants=100)
+    assert resolved("bank-demo", {**few, "secure_aggregation.mode": "off"}, participants=400).cohort.size == 200
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -35,6 +36,7 @@ from accord_shared.errors import (
     AlreadyRunning,
     BadInput,
     OutputError,
+    PlanError,
     PrivacyError,
     ProtocolError,
     Unreachable,
@@ -507,6 +509,17 @@ def test_a_plan_whose_rounds_are_all_spent_has_no_new_run(federation: Federation
     with pytest.raises(BadInput, match="all 4 rounds of this plan were begun"):
         federation.start(plan)
     assert [path.name for path in (federation.parts.path / "runs").iterdir()] == [first]
+
+
+def test_a_run_that_no_graph_over_the_roster_serves_is_refused_before_it_begins(
+    federation: Federation, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"cohort.size": 200, "cohort.minimum": 160, "secure_aggregation.mode": "malicious"}
+    monkeypatch.setattr(Rosters, "roster", property(lambda self: SimpleNamespace(members=(None,) * 240)))
+    with pytest.raises(PlanError, match="240 sites with 0 colluders need 161 to sign"):
+        federation.start(plan_of(sizes))
+    assert not federation.runs.all()
+    assert not (federation.parts.path / "runs").exists() or not list((federation.parts.path / "runs").iterdir())
 
 
 # --- two coordinators

@@ -31,7 +31,7 @@ from accord_shared.receipts import NO_LEDGER, Head
 from accord_shared.roster import Roster
 from accord_shared.secagg.choices import check_choice
 from accord_shared.secagg.dealing import map_bytes
-from accord_shared.secagg.graph import most_left_out, sparse_thresholds
+from accord_shared.secagg.graph import sparse_thresholds
 from accord_shared.secagg.thresholds import COMPLETE_MAX, Mode, Thresholds, thresholds
 
 SESSION_BYTES, KEM_PUBLIC_BYTES, KEM_SEED_BYTES, CIPHERTEXT_BYTES = 16, 1184, 64, 1088
@@ -72,14 +72,15 @@ class RunTerms:
         """What a plan says of a model of `dimension` trainable parameters, on a roster of so many members.
 
         Raises:
-            PlanError: the plan does without secure aggregation, or no sparse graph over this roster serves it.
+            PlanError: the plan does without secure aggregation, or `Plan.check_roster` says no.
         """
         spec = plan.secure_aggregation
         if spec.mode == "off":
             raise PlanError("the plan does without secure aggregation")
         coordinates = dimension + plan.extra_coordinates
         noise = NoiseShares.of(plan, coordinates, noise_multiplier) if plan.shared_noise else None
-        terms = RunTerms(
+        plan.check_roster(members)
+        return RunTerms(
             run_id=run_id,
             plan_hash=plan.hash,
             roster_hash=roster_hash,
@@ -94,25 +95,6 @@ class RunTerms:
             noise=noise,
             members=members,
         )
-        terms._check_graph()
-        return terms
-
-    def _check_graph(self) -> None:
-        """The plan was checked for a roster of `size`; this one may have more members, or fewer."""
-        if not self.sparse:
-            return
-        try:
-            rule = self.thresholds(self.size)
-        except PlanError as error:
-            raise PlanError(f"above {COMPLETE_MAX} sites the graph spans the roster: {error}") from None
-        if self.noise is None:
-            return
-        left_out = most_left_out(self.members, self.minimum, self.colluders, rule.degree or 0)
-        if self.colluders + left_out > self.noise.colluders:
-            raise PlanError(
-                f"on a roster of {self.members} a sum may miss {left_out} honest sites, and the noise is divided for "
-                f"{self.noise.colluders - self.colluders}, as on one of {self.size}: set cohort.size to {self.members}"
-            )
 
     @property
     def sparse(self) -> bool:
