@@ -279,7 +279,11 @@ class Agent:
     @contextmanager
     def _connection(self) -> Iterator[FleetConnection]:
         connection = FleetConnection(
-            self._enrolment.fleet_address, self._client.authorities, self._keys.node, self._folder.path / "node.json"
+            self._enrolment.fleet_address,
+            self._client.authorities,
+            self._keys.node,
+            self._folder.path / "node.json",
+            self._client.proxy,
         )
         try:
             yield connection

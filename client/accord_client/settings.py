@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from accord_client.connectors import DataSpec
 from accord_shared.errors import PlanError, SettingsError
 from accord_shared.plan import Table, first_problem, read_toml
+from accord_shared.service.egress import Proxy, proxy_address
+from accord_shared.service.keyfile import read_private
 from accord_shared.service.rpc import private_folder
 from accord_shared.service.token import entity_name
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from accord_client.trainer import Runtime
 
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+PROXY_CREDENTIALS = "ACCORD_PROXY_CREDENTIALS"
 T = TypeVar("T", bound=Table)
 
 DataName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
@@ -166,11 +170,49 @@ class AgentSettings(Table):
     """Most that the clocks of site and coordinator may differ."""
 
 
+class CoordinatorSpec(Table):
+    """The way to the coordinator: one for enrolment, API and fleet. The environment's proxies apply to none of them."""
+
+    proxy: str | None = None
+    """http://HOST:PORT of a proxy that is asked to CONNECT; None: straight."""
+    proxy_credentials: str | None = Field(default=None, min_length=1)
+    """A file of mode 0600, relative to the site's folder, with one line USER:PASSWORD."""
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_proxy(cls, value: str | None) -> str | None:
+        return None if value is None else f"http://{proxy_address(value)}"
+
+    @model_validator(mode="after")
+    def _credentials_need_a_proxy(self) -> Self:
+        if self.proxy_credentials is not None and self.proxy is None:
+            raise ValueError("proxy_credentials without a proxy")
+        return self
+
+    def way_out(self, folder: Path) -> Proxy | None:
+        """The proxy, with its credentials from the file or the environment variable ACCORD_PROXY_CREDENTIALS.
+
+        Raises:
+            IdentityError: the file cannot be read, or others can read it.
+            SettingsError: the credentials are not USER:PASSWORD.
+        """
+        if self.proxy is None:
+            return None
+        given, where = os.environ.get(PROXY_CREDENTIALS, ""), PROXY_CREDENTIALS
+        if self.proxy_credentials is not None:
+            path = folder / self.proxy_credentials
+            given, where = read_private(path).decode("utf-8", "replace").strip("\r\n"), str(path)
+        if given and (":" not in given or not given.isprintable()):
+            raise SettingsError(f"{where} is not one line USER:PASSWORD")
+        return Proxy(proxy_address(self.proxy), SecretStr(given) if given else None)
+
+
 class SiteSettings(Table):
     """`site.toml`: unknown keys are errors."""
 
     version: Literal[1] = 1
     name: Annotated[str, AfterValidator(entity_name)]
+    coordinator: CoordinatorSpec = CoordinatorSpec()
     device: DeviceSettings = DeviceSettings()
     data: dict[DataName, DataSpec] = Field(default_factory=dict)
     agent: AgentSettings = AgentSettings()
@@ -199,15 +241,24 @@ def read_settings(kind: type[T], path: Path) -> T:
         raise SettingsError(str(error)) from None
 
 
-def settings_template(name: str) -> str:
+def settings_template(name: str, way: CoordinatorSpec | None = None) -> str:
     """`site.toml` of a site that was just enrolled."""
-    return _TEMPLATE.format(name=json.dumps(name, ensure_ascii=False))
+    given = (way or CoordinatorSpec()).model_dump(exclude_none=True)
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in given.items()]
+    return _TEMPLATE.format(name=json.dumps(name, ensure_ascii=False), way="".join(lines) or _NO_PROXY)
+
+
+_NO_PROXY = """# proxy = "http://proxy.example:3128"   # for all connections; the environment's proxies apply to none
+# proxy_credentials = "proxy-credentials" # a file of mode 0600, USER:PASSWORD; or ACCORD_PROXY_CREDENTIALS
+"""
 
 
 _TEMPLATE = """# Settings of this site. Paths are relative to this folder. Unknown keys are errors.
 version = 1
 name = {name}
 
+[coordinator]
+{way}
 [device]
 device = "auto"               # "auto" | "cpu" | "cuda"
 # threads = 4

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -43,6 +43,22 @@ def host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _dialled(value: int | str) -> int | str:
+    if isinstance(value, int):
+        if not 0 < value < 65536:
+            raise ValueError(f"{value} is no port")
+        return value
+    host, _, port = value.rpartition(":")
+    plain = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536 or (":" in plain) != (plain != host):
+        raise ValueError(f"{value[:300]!r} is neither a port nor HOST:PORT")
+    return host_port(_host(plain), int(port))
+
+
+Dialled = Annotated[int | str, AfterValidator(_dialled)]
+"""A port, or host:port."""
+
+
 class ListenSpec(Table):
     """Where the daemon listens. Nothing is reachable from outside unless `host` says so."""
 
@@ -64,9 +80,10 @@ class PublicSpec(Table):
 
     host: str | None = None
     names: tuple[str, ...] = ()
-    fleet: Port | None = None
-    api: Port | None = None
-    enrolment: Port | None = None
+    fleet: Dialled | None = None
+    """A port of `host`; or HOST:PORT, where a front tells the three apart by the name that is asked for."""
+    api: Dialled | None = None
+    enrolment: Dialled | None = None
 
     @field_validator("names", mode="before")
     @classmethod
@@ -140,9 +157,12 @@ class CoordinatorSettings(Table):
     @classmethod
     def _known_database(cls, value: str) -> str:
         try:
-            driver = make_url(value).drivername
+            url = make_url(value)
         except (ArgumentError, ValueError):
             raise ValueError("database is not a URL such as sqlite:///state.db") from None
+        if url.password is not None or any("password" in key.lower() for key in url.query):
+            raise ValueError(f"database holds a password: set it in the environment variable {DATABASE_PASSWORD}")
+        driver = url.drivername
         if driver not in ("sqlite", "postgresql+psycopg"):
             raise ValueError(f"database: {driver} is not supported, only sqlite:/// and postgresql+psycopg://")
         return value
@@ -151,6 +171,8 @@ class CoordinatorSettings(Table):
     def _sites_can_dial(self) -> Self:
         if self.public_host in _ALL_HOSTS:
             raise ValueError(f"public.host must be what sites dial (accord server init --name), not {self.public_host}")
+        if len({self.fleet_address, self.api_address, self.enrolment_address}) < 3:
+            raise ValueError("public: fleet, api and enrolment are dialled at one address: give each a port or a name")
         return self
 
     @property
@@ -161,22 +183,27 @@ class CoordinatorSettings(Table):
     @property
     def names(self) -> tuple[str, ...]:
         """Host names and addresses of the server's certificate."""
-        return tuple(dict.fromkeys((self.public_host, *self.public.names)))
+        dialled = (self.fleet_address, self.api_address, self.enrolment_address)
+        hosts = (address.rpartition(":")[0].strip("[]") for address in dialled)
+        return tuple(dict.fromkeys((self.public_host, *hosts, *self.public.names)))
+
+    def _address(self, public: int | str | None, listen: int) -> str:
+        return public if isinstance(public, str) else host_port(self.public_host, public or listen)
 
     @property
     def fleet_address(self) -> str:
         """host:port of the SuperLink, as sites dial it."""
-        return host_port(self.public_host, self.public.fleet or self.listen.fleet)
+        return self._address(self.public.fleet, self.listen.fleet)
 
     @property
     def api_address(self) -> str:
         """host:port of `Federation`, as sites dial it."""
-        return host_port(self.public_host, self.public.api or self.listen.api)
+        return self._address(self.public.api, self.listen.api)
 
     @property
     def enrolment_address(self) -> str:
         """host:port of `Enrolment`, as sites dial it."""
-        return host_port(self.public_host, self.public.enrolment or self.listen.enrolment)
+        return self._address(self.public.enrolment, self.listen.enrolment)
 
     @classmethod
     def made(cls, table: dict[str, object]) -> Self:
@@ -321,7 +348,7 @@ host = {_quoted(host)}
 [public]                            # what sites dial, and what the server's certificate names
 host = {_quoted(public)}
 names = [{", ".join(map(_quoted, others))}]
-# fleet, api, enrolment: ports of a front, where they differ from those above
+# fleet, api, enrolment: ports of a front, where they differ from those above, or "HOST:PORT" by name on one port
 
 [certificates]
 # authority_days = 3650

@@ -102,6 +102,10 @@ class SitePaused(Refused):
     """The site's operator has paused it."""
 
 
+class SitePreparing(Refused):
+    """The site still prepares its records for this plan."""
+
+
 class ClockSkew(Refused):
     """The clocks of site and coordinator differ too much."""
 
@@ -164,6 +168,10 @@ class Unreachable(Aborted):
     """Nobody answers at an address; trying again may help."""
 
 
+class UntrustedPeer(Unreachable):
+    """Somebody answers, with a certificate of an authority that is not trusted here."""
+
+
 class Interrupted(AccordError):
     """The user or the system asked to stop; the run can be resumed."""
 
@@ -194,10 +202,20 @@ REFUSALS: dict[str, type[AccordError]] = {
         PolicyRefused,
         PlanNotApproved,
         SitePaused,
+        SitePreparing,
         ClockSkew,
     )
 }
 """Refusals that a site may send to the coordinator by name."""
 
-REFUSALS_IN_WORDS = (ProtocolError, BudgetExhausted, PlanError, PolicyRefused, PlanNotApproved, SitePaused, ClockSkew)
+REFUSALS_IN_WORDS = (
+    ProtocolError,
+    BudgetExhausted,
+    PlanError,
+    PolicyRefused,
+    PlanNotApproved,
+    SitePaused,
+    SitePreparing,
+    ClockSkew,
+)
 """Those whose one line speaks of public things alone and may go with the name."""

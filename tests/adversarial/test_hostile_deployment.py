@@ -926,7 +926,10 @@ def test_an_impostor_in_the_coordinators_place_hears_nothing(place: Town) -> Non
     server.start()
     try:
         status = deployment.wait_for_agent(
-            VICTIM, "to see through it", lambda status: "certificate is refused" in place.log(VICTIM), within_s=30
+            VICTIM,
+            "to see through it",
+            lambda status: "authority that is not trusted" in place.log(VICTIM),
+            within_s=30,
         )
         assert status.state != "training"
         assert impostor.asked == []

@@ -25,6 +25,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
 from flwr.supercore.fab import Fab
+from pydantic import SecretStr
 
 from accord_client.fleet import FleetConnection
 from accord_server.authority import Authority
@@ -33,9 +34,11 @@ from accord_server.settings import CoordinatorFolder, CoordinatorSettings
 from accord_server.superlink import CLOSED, SuperLinkSettings
 from accord_shared.errors import NotAdmitted, Unreachable
 from accord_shared.messages import TrainReply, TrainRequest
+from accord_shared.service.egress import Proxy
 from accord_shared.service.keyfile import new_tls_key, public_pem
 from accord_shared.service.rpc import private_folder
 from accord_shared.wire import decode, encode
+from networks import ConnectProxy, listening
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:GitWildMatchPattern:DeprecationWarning"
@@ -61,8 +64,8 @@ class Link:
     def address(self) -> str:
         return f"127.0.0.1:{self.settings.port}"
 
-    def site(self, key: object) -> FleetConnection:
-        return FleetConnection(self.address, self.authorities, key)  # type: ignore[arg-type]
+    def site(self, key: object, proxy: Proxy | None = None) -> FleetConnection:
+        return FleetConnection(self.address, self.authorities, key, proxy=proxy)  # type: ignore[arg-type]
 
 
 def started(folder: Path, settings: SuperLinkSettings, authorities: bytes) -> Link:
@@ -137,11 +140,21 @@ def test_flwr_is_the_version_that_is_pinned() -> None:
     assert flwr.__version__.startswith("1.41.")
 
 
-def test_a_message_goes_out_and_its_answer_comes_back(link: Link) -> None:
+def test_a_message_goes_out_and_its_answer_comes_back(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Straight, and through a proxy that wants credentials."""
+    monkeypatch.setenv("no_proxy", "*")
+    proxy = ConnectProxy("site:secret")
+    with listening(proxy) as port:
+        exchanged(link, Proxy(f"127.0.0.1:{port}", SecretStr("site:secret")))
+    assert set(proxy.targets) == {link.address}
+    assert proxy.refused == 0
+
+
+def exchanged(link: Link, proxy: Proxy) -> None:
     keys = [new_tls_key(), new_tls_key()]
     nodes = [link.commands.admit(public_pem(key)) for key in keys]
     assert [link.commands.admit(public_pem(key)) for key in keys] == nodes
-    sites = [link.site(key) for key in keys]
+    sites = [link.site(keys[0]), link.site(keys[1], proxy)]
     weights = np.arange(70_000, dtype=np.float32)
     threads = [threading.Thread(target=answer_one, args=(site,)) for site in sites]
     with link.commands.run() as grid:

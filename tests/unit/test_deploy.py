@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,18 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
+from accord_client.fleet import tls_version
 from accord_client.policy import Policy
 from accord_client.settings import SiteFolder, SiteSettings
+from accord_server.authority import Authority
 from accord_server.metrics import Metrics
-from accord_server.settings import CoordinatorSettings
+from accord_server.settings import CoordinatorFolder, CoordinatorSettings
+from accord_shared.errors import Unreachable
+from accord_shared.service.egress import Proxy
 from accord_shared.service.keyfile import new_tls_key, plain_pem
-from accord_shared.service.rpc import KeyPair, peer_certificate, secure_channel, secure_server
+from accord_shared.service.rpc import KeyPair, peer_certificate, private_folder, secure_channel, secure_server
+from coordinator_parts import csr
+from networks import ConnectProxy, listening, tls_server
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CHART = DEPLOY / "helm" / "accord"
@@ -205,7 +211,7 @@ def test_a_coordinator_is_all_there(coordinator: dict[str, Object]) -> None:
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert named["coordinator"][probe]["exec"]["command"] == ["accord", "server", "status"]
     ports = {port["name"] for port in named["front"]["ports"]}
-    assert {port["targetPort"] for port in coordinator["Service/demo-coordinator"]["spec"]["ports"]} == ports
+    assert {port["targetPort"] for port in coordinator["Service/demo-coordinator"]["spec"]["ports"]} == ports - {"tls"}
 
 
 def test_the_charts_settings_are_the_coordinators(coordinator: dict[str, Object], tmp_path: Path) -> None:
@@ -216,6 +222,29 @@ def test_the_charts_settings_are_the_coordinators(coordinator: dict[str, Object]
     assert settings.listen.host == "127.0.0.1"
     assert settings.rounds.trip_timeout_s == 30.0
     assert data["nginx.conf"].strip() == (DEPLOY / "front/nginx.conf").read_text().strip()
+
+
+def test_the_chart_on_one_port(tmp_path: Path) -> None:
+    """A partner opens 443 alone; so may a site's own policy."""
+    errors, objects = rendered({"coordinator": {"onePort": True, "host": "bank.example"}})
+    assert errors == []
+    (tmp_path / "coordinator.toml").write_text(objects["ConfigMap/demo-coordinator"]["data"]["coordinator.toml"])
+    settings = CoordinatorSettings.read(tmp_path)
+    assert (settings.fleet_address, settings.api_address) == ("fleet.bank.example:443", "api.bank.example:443")
+    assert settings.enrolment_address == "enrolment.bank.example:443"
+    (port,) = objects["Service/demo-coordinator"]["spec"]["ports"]
+    assert port["port"] == 443
+    containers = objects["StatefulSet/demo-coordinator"]["spec"]["template"]["spec"]["containers"]
+    (front,) = [one for one in containers if one["name"] == "front"]
+    assert {"name": port["targetPort"], "containerPort": 8443} in front["ports"]
+    assert objects["NetworkPolicy/demo-coordinator"]["spec"]["ingress"][0]["ports"] == [{"port": port["targetPort"]}]
+    values = yaml.safe_load((CHART / "values-site.yaml").read_text())
+    values["site"].setdefault("network", {})["ports"] = [443]
+    errors, objects = rendered(values)
+    assert errors == []
+    assert {"port": 443} in [
+        one for rule in objects["NetworkPolicy/demo-site"]["spec"]["egress"] for one in rule["ports"]
+    ]
 
 
 def test_a_site_is_called_by_nobody(site: dict[str, Object]) -> None:
@@ -407,9 +436,10 @@ def test_the_front_passes_tls_1_3_alone_and_client_certificates_through(tmp_path
     authority = certificate("authority", ca, None)
     server_pair = KeyPair(plain_pem(server_key), certificate("localhost", server_key, ca))
     site_pair = KeyPair(plain_pem(site_key), certificate("bank-a", site_key, ca))
-    outer, inner, other_outer, other_inner, third_outer, third_inner = free_ports(6)
+    outer, inner, other_outer, other_inner, third_outer, third_inner, named = free_ports(7)
     server = secure_server(f"127.0.0.1:{inner}", lambda: server_pair, echo_name, clients_of=lambda: authority)
     ports = {8401: outer, 9401: inner, 8400: other_outer, 9400: other_inner, 8402: third_outer, 9402: third_inner}
+    ports[8443] = named
 
     def old(context: ssl.SSLContext) -> None:
         context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -440,6 +470,45 @@ def test_the_front_passes_tls_1_3_alone_and_client_certificates_through(tmp_path
         server.stop(None).wait()
     log = (tmp_path / "front.log").read_text()
     assert log.count("no host in upstream") == 2
+
+
+def test_one_port_serves_all_three_by_name(tmp_path: Path) -> None:
+    """443 alone is open: the real services of a coordinator, whose certificate names what sites dial, behind nginx."""
+    outer, api, enrolment, *others = free_ports(6)
+    names = {name: f"{name}.bank.example:{outer}" for name in ("fleet", "api", "enrolment")}
+    settings = CoordinatorSettings.made(
+        {"federation": "f", "public": {"host": "bank.example", **names}},
+    )
+    authority = Authority.create(private_folder(tmp_path / "c"), settings)
+    paths = CoordinatorFolder(tmp_path / "c")
+    (tmp_path / "fleet.pem").write_bytes(authority.server_pair().key + authority.server_pair().chain)
+    site_key = new_tls_key()
+    site_pair = KeyPair(plain_pem(site_key), authority.issue_site(csr(site_key, "bank-a"), "bank-a", 90))
+    servers = [
+        secure_server(f"127.0.0.1:{api}", authority.server_pair, echo_name, clients_of=authority.authorities),
+        secure_server(f"127.0.0.1:{enrolment}", authority.server_pair, lambda server: None),
+    ]
+    trusted = paths.authorities.read_bytes()
+    with ExitStack() as stack:
+        # Names that nobody resolves here: the proxy of the test leads all of them to the front's one port.
+        proxy = ConnectProxy(routes=dict.fromkeys([*names.values(), f"other.bank.example:{outer}"], outer))
+        way = Proxy(f"127.0.0.1:{stack.enter_context(listening(proxy))}")
+        fleet = stack.enter_context(listening(tls_server(tmp_path / "fleet.pem")))
+        for one in servers:
+            one.start()
+            stack.callback(lambda one=one: one.stop(None).wait())
+        ports = {8443: outer, 9400: fleet, 9401: api, 9402: enrolment}
+        stack.enter_context(running_front(tmp_path, ports | dict(zip((8400, 8401, 8402), others, strict=True))))
+        assert tls_version(settings.fleet_address, trusted, way) == "TLSv1.3"
+        with secure_channel(settings.api_address, trusted, site_pair, way) as channel:
+            assert channel.unary_unary("/test.Name/Who")(b"", timeout=10) == b"CN=bank-a,O=f"
+        with secure_channel(settings.enrolment_address, trusted, proxy=way) as channel:  # without a certificate
+            with pytest.raises(grpc.RpcError) as error:
+                channel.unary_unary("/test.Name/Who")(b"", timeout=10)
+            assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        with pytest.raises(Unreachable, match="closes the connection"):
+            tls_version(f"other.bank.example:{outer}", trusted, way)
+    assert {target.rpartition(":")[2] for target in proxy.targets} == {str(outer)}
 
 
 # --- monitoring

@@ -11,7 +11,7 @@ import pytest
 
 from accord_server.authority import Authority
 from accord_server.settings import CoordinatorSettings
-from accord_shared.errors import AccordError, IdentityError, NotRunning, PolicyRefused, Refused, Unreachable
+from accord_shared.errors import AccordError, IdentityError, NotRunning, PolicyRefused, Refused, UntrustedPeer
 from accord_shared.service import rpc
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc as services
@@ -104,8 +104,8 @@ def test_a_bug_tells_nobody_anything(network: str, local: Path, authority: Autho
 def test_another_authority_s_server_is_refused(network: str, tmp_path: Path) -> None:
     other = Authority.create(rpc.private_folder(tmp_path / "o"), CoordinatorSettings.made({"federation": "f"}))
     error = over_network(network, other.authorities(), "Status")
-    assert type(error) is Unreachable
-    assert "certificate" in str(error)
+    assert type(error) is UntrustedPeer
+    assert "an authority that is not trusted here" in str(error)
 
 
 def test_a_daemon_that_is_gone_is_said(local: Path, tmp_path: Path) -> None:

@@ -67,6 +67,12 @@ def test_what_sites_dial(tmp_path: Path) -> None:
         ("version = 2", "version"),
         ("[listen]\nhost = '0.0.0.0'", "public.host must be what sites dial"),
         ("[public]\nhost = '::'", "public.host must be what sites dial"),
+        ("[public]\nfleet = 443\napi = 443", "are dialled at one address"),
+        ("[public]\nfleet = 'a.b:443'\napi = 'a.b:443'", "are dialled at one address"),
+        ("[public]\nfleet = 'a.b'", "neither a port nor HOST:PORT"),
+        ("[public]\nfleet = 'a b:443'", "neither a host name nor an address"),
+        ("[public]\nfleet = '::1:443'", "neither a port nor HOST:PORT"),
+        ("[public]\nfleet = 'a.b:70000'", "neither a port nor HOST:PORT"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: str, said: str) -> None:
@@ -74,6 +80,30 @@ def test_mistakes_are_named(tmp_path: Path, change: str, said: str) -> None:
         read(tmp_path, f'federation = "Nord"\n{change}\n')
     assert "coordinator.toml" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_services_on_one_port_have_names() -> None:
+    public = {"host": "bank.example", **{name: f"{name}.bank.example:443" for name in ("fleet", "api", "enrolment")}}
+    made = CoordinatorSettings.made({"federation": "N", "public": public})
+    assert (made.fleet_address, made.enrolment_address) == ("fleet.bank.example:443", "enrolment.bank.example:443")
+    assert made.names == ("bank.example", "fleet.bank.example", "api.bank.example", "enrolment.bank.example")
+    mixed = CoordinatorSettings.made({"federation": "N", "public": {"host": "a.b", "fleet": "[::1]:443", "api": 8401}})
+    assert (mixed.fleet_address, mixed.api_address, mixed.names) == ("[::1]:443", "a.b:8401", ("a.b", "::1"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://accord:s3cret@db/accord",
+        "postgresql+psycopg://accord:@db/accord",
+        "postgresql+psycopg://db/accord?user=a&password=s3cret",
+        "postgresql+psycopg://db/accord?sslpassword=s3cret",
+    ],
+)
+def test_a_password_in_the_database_s_url_is_refused_and_not_repeated(url: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="ACCORD_DATABASE_PASSWORD") as refusal:
+        read(tmp_path, f'federation = "Nord"\ndatabase = "{url}"\n')
+    assert "s3cret" not in str(refusal.value)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from accord_shared.service.pb import accord_pb2_grpc
 from command_line import Done, Run, accord_command, ok, refused
 from conftest import plan_of
 from coordinator_lab import FEDERATION, SITE, Coordinator
+from networks import listening, tls_server
 
 __all__ = ["accord_command"]
 
@@ -352,7 +353,9 @@ def checked(done: Done) -> dict[str, str]:
 
 
 @pytest.fixture
-def whole(run: Run, site: SiteFolder, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> SiteFolder:
+def whole(
+    run: Run, site: SiteFolder, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[SiteFolder]:
     """A site that lacks nothing but a GPU."""
     monkeypatch.setattr(checks, "LITTLE_DISK", 0)
     monkeypatch.setattr(checks, "LEAST_DISK", 0)
@@ -360,10 +363,11 @@ def whole(run: Run, site: SiteFolder, coordinator: Coordinator, monkeypatch: pyt
     write_data(site)
     coordinator.roster = roster_of(site).to_json()
     ok(run("roster", "accept", roster_of(site).roster.hash))
-    fleet = rpc.secure_server(coordinator.fleet_address, lambda: coordinator.pair, lambda _: None)
-    fleet.start()
-    coordinator._servers.append(fleet)
-    return site
+    (tmp_path / "fleet.pem").write_bytes(coordinator.pair.key + coordinator.pair.chain)
+    with listening(tls_server(tmp_path / "fleet.pem")) as port:
+        enrolment = json.loads(site.enrolment.read_text()) | {"fleet_address": f"127.0.0.1:{port}"}
+        site.enrolment.write_text(json.dumps(enrolment))
+        yield site
 
 
 def test_check(run: Run, whole: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,6 +428,8 @@ def test_check_names_what_fails(
 
 def test_check_without_a_coordinator(run: Run, whole: SiteFolder, coordinator: Coordinator) -> None:
     coordinator.stop()
+    gone = json.loads(whole.enrolment.read_text()) | {"fleet_address": coordinator.fleet_address}
+    whole.enrolment.write_text(json.dumps(gone))
     done = run("check", "--json")
     assert {name for name, state in checked(done).items() if state == "fail"} == {"coordinator", "fleet"}
     assert "cannot be reached" in done.out

@@ -36,6 +36,7 @@ from accord_shared.errors import (
     RosterError,
     SettingsError,
     Unreachable,
+    UntrustedPeer,
 )
 from accord_shared.frames import frame
 from accord_shared.identity import Identity, Member, verify_both
@@ -175,7 +176,8 @@ def test_a_failed_enrolment_is_repeated_with_the_same_keys(coordinator: Coordina
 
 def test_nobody_answers(coordinator: Coordinator, folder: SiteFolder) -> None:
     coordinator.stop()
-    assert "no answer" in refused_line(Unreachable, lambda: enrol(coordinator.token(), folder.path))
+    line = refused_line(Unreachable, lambda: enrol(coordinator.token(), folder.path))
+    assert line.endswith("cannot be reached: the connection is refused")
 
 
 def test_an_operator_s_files_are_not_overwritten(coordinator: Coordinator, folder: SiteFolder) -> None:
@@ -342,8 +344,8 @@ def test_an_expired_certificate_is_said(
 def test_another_server_at_the_address_is_not_spoken_to(client: CoordinatorClient, coordinator: Coordinator) -> None:
     coordinator.pair = OTHER.server()
     client.close()
-    line = refused_line(Unreachable, lambda: client.hello(new_boot(), "ready", ""))
-    assert "certificate is refused" in line
+    line = refused_line(UntrustedPeer, lambda: client.hello(new_boot(), "ready", ""))
+    assert "its certificate is of an authority that is not trusted here" in line
     assert not [asked for asked in coordinator.asked if isinstance(asked, pb.HelloRequest)]
 
 

@@ -17,6 +17,7 @@ from accord_shared.errors import BadInput, NotAdmitted, Unreachable
 if TYPE_CHECKING:
     from accord_client.coordinator import CoordinatorClient, OfferedRoster
     from accord_client.rosters import RosterBook
+    from accord_client.settings import CoordinatorSpec
     from accord_shared.roster import SignedRoster
 
 roster_app = typer.Typer(help="The list of members that this site trusts.", no_args_is_help=True)
@@ -27,6 +28,16 @@ def enrol(
     name: Annotated[str | None, typer.Option(help="The name that the token is expected to be for.")] = None,
     again: Annotated[bool, typer.Option("--again", help="New certificate for a folder that is enrolled.")] = False,
     new_key: Annotated[bool, typer.Option("--new-key", help="With --again, after a revocation.")] = False,
+    proxy: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="http://HOST:PORT that every connection takes; goes into site.toml."),
+    ] = None,
+    proxy_credentials: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="USER:PASSWORD, mode 0600, relative to the folder (or ACCORD_PROXY_CREDENTIALS)."
+        ),
+    ] = None,
     folder: Folder = DEFAULT_FOLDER,
     as_json: Json = False,
 ) -> None:
@@ -35,7 +46,8 @@ def enrol(
     from accord_client.keystore import Keys
 
     text = sys.stdin.read(65536) if token == "-" else token  # noqa: S105 - read from standard input
-    made = enrol_site(text, folder, name, again=again, new_key=new_key)
+    way = _way(proxy, proxy_credentials)
+    made = enrol_site(text, folder, name, again=again, new_key=new_key, way=way)
     facts = {
         "name": made.name,
         "federation": made.federation,
@@ -49,6 +61,20 @@ def enrol(
         "and look at `accord site check`.",
     ]
     show(facts, [*fields(facts), *next_steps], as_json)
+
+
+def _way(proxy: str | None, credentials: str | None) -> CoordinatorSpec | None:
+    from pydantic import ValidationError
+
+    from accord_client.settings import CoordinatorSpec
+    from accord_shared.plan import first_problem
+
+    if proxy is None and credentials is None:
+        return None
+    try:
+        return CoordinatorSpec(proxy=proxy, proxy_credentials=credentials)
+    except ValidationError as error:
+        raise BadInput(f"--proxy: {first_problem(error)}") from None
 
 
 @roster_app.command("show")

@@ -34,6 +34,8 @@ from grpc_reflection.v1alpha import reflection  # noqa: E402
 from accord_shared import errors  # noqa: E402
 from accord_shared.errors import AccordError, NotRunning, OutputError, Refused, Unreachable, printable  # noqa: E402
 from accord_shared.files import write_atomic  # noqa: E402
+from accord_shared.service.causes import unreachable  # noqa: E402
+from accord_shared.service.egress import Proxy  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ def _streaming(behaviour: Any) -> Any:
 
 
 @contextmanager
-def typed_errors(peer: str) -> Iterator[None]:
+def typed_errors(peer: str, proxy: Proxy | None = None) -> Iterator[None]:
     """Around calls to `peer` (its name in words): raises the typed error that the other side raised.
 
     Raises:
@@ -130,19 +132,17 @@ def typed_errors(peer: str) -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        raise _typed(error, peer) from None
+        raise _typed(error, peer, proxy) from None
 
 
-def _typed(error: Any, peer: str) -> AccordError:
+def _typed(error: Any, peer: str, proxy: Proxy | None) -> AccordError:
     code, details = error.code(), printable(str(error.details() or ""))
     name, _, line = details.partition(": ")
     kind = getattr(errors, name, None) if name.isidentifier() else None
     if isinstance(kind, type) and issubclass(kind, AccordError):
         return kind(line)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        refused = any(word in details.lower() for word in ("ssl", "handshake", "verification check"))
-        why = "its certificate is refused" if refused else "no answer"
-        return Unreachable(f"{peer} cannot be reached: {why}")
+        return unreachable(peer, details, proxy.address if proxy is not None else None)
     return Refused(f"{peer} refused: {code.name.lower()} {details[:200]}".strip())
 
 
@@ -258,18 +258,36 @@ def peer_certificate(context: grpc.ServicerContext) -> x509.Certificate:
 # --- clients
 
 
-def secure_channel(address: str, authorities: bytes, pair: KeyPair | None = None) -> grpc.Channel:
-    """A channel to a TLS server whose certificate one of `authorities` (PEM) signed, with a client certificate."""
+def secure_channel(
+    address: str, authorities: bytes, pair: KeyPair | None = None, proxy: Proxy | None = None
+) -> grpc.Channel:
+    """A channel to a TLS server whose certificate one of `authorities` (PEM) signed, with a client certificate.
+
+    Through a proxy if one is given; the environment's proxies are never used.
+    """
     credentials = grpc.ssl_channel_credentials(
         authorities, pair.key if pair is not None else None, pair.chain if pair is not None else None
     )
-    options = [
+    options: list[tuple[str, str | int]] = [
         ("grpc.max_receive_message_length", MOST_MESSAGE),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5000),
         ("grpc.enable_http_proxy", 0),
     ]
-    return grpc.secure_channel(address, credentials, options)
+    if proxy is None:
+        return grpc.secure_channel(address, credentials, options)
+    return grpc.secure_channel(f"dns:///{proxy.address}", credentials, [*options, *_through(proxy, address)])
+
+
+def _through(proxy: Proxy, address: str) -> Iterator[tuple[str, str]]:
+    """What gRPC's own look at the environment would set, where `no_proxy` has a say over the option `grpc.http_proxy`.
+
+    TLS is made with `address` and its certificate must name it: the proxy sees host and port alone.
+    """
+    yield "grpc.http_connect_server", address
+    yield "grpc.default_authority", address
+    if proxy.authorization is not None:
+        yield "grpc.http_connect_headers", f"Proxy-Authorization:{proxy.authorization}"
 
 
 # --- local sockets
