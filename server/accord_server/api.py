@@ -21,6 +21,7 @@ from accord_server.settings import CoordinatorSettings
 from accord_server.sites import Sites
 from accord_shared import __version__
 from accord_shared.errors import OutputError, Refused
+from accord_shared.service.actor import act_as
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc as services
 from accord_shared.service.rpc import add_health_and_reflection, chunks, peer_certificate
@@ -38,6 +39,7 @@ class EnrolmentService(services.EnrolmentServicer):
 
     def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolReply:  # noqa: N802
         """Use up a token."""
+        act_as(f"site {request.name}")  # noted only if the token is of this name
         return self._registrar.enrol(request)
 
     def add_to(self, server: grpc.Server) -> None:

@@ -19,8 +19,11 @@ from sqlalchemy.orm import Session
 from accord_server.database import AUDIT_START, AuditHead, AuditRow, Database
 from accord_shared.canonical import canonical_bytes
 from accord_shared.errors import AuditDamaged
+from accord_shared.service.actor import actor
 
 _PAGE = 1000
+_ACTOR = "actor"
+"""The fact that tells who did it."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class AuditEntry:
     time_us: int
     kind: str
     subject: str
+    actor: str
+    """`operator NAME`, `site NAME` or `coordinator`; empty in entries of versions that did not say."""
     facts: Mapping[str, Any]
     hash: str
 
@@ -54,7 +59,9 @@ class AuditLog:
             time_us=int(self._clock() * 1e6),
             kind=kind,
             subject=_printable(subject),
-            facts=json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False),
+            facts=json.dumps(
+                facts | {_ACTOR: actor() or "coordinator"}, sort_keys=True, separators=(",", ":"), allow_nan=False
+            ),
             previous=head.hash,
         )
         row.hash = _hash(row)
@@ -122,7 +129,8 @@ def _hash(row: AuditRow) -> str:
 
 
 def _entry(row: AuditRow) -> AuditEntry:
-    return AuditEntry(row.seq, row.time_us, row.kind, row.subject, json.loads(row.facts), row.hash)
+    facts = json.loads(row.facts)
+    return AuditEntry(row.seq, row.time_us, row.kind, row.subject, facts.pop(_ACTOR, ""), facts, row.hash)
 
 
 def _printable(subject: str) -> str:

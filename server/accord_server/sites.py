@@ -31,6 +31,7 @@ from accord_server.authority import WORTHWHILE, Authority
 from accord_server.database import Database, InvitationRow, Site, SiteKey
 from accord_server.settings import CoordinatorSettings
 from accord_shared.errors import BadInput, NotAdmitted, ProtocolError, Unreachable
+from accord_shared.service.actor import act_as
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.signatures import HASH
 
@@ -193,7 +194,9 @@ class Sites:
     # --- for the sites
 
     def of_certificate(self, certificate: x509.Certificate) -> Site:
-        """The site that shows a certificate, which TLS has checked. Its first call with a new key ends the old one.
+        """The site that shows a certificate, which TLS has checked: this thread acts for it now.
+
+        Its first call with a new key ends the old one.
 
         Raises:
             NotAdmitted: the site is unknown or revoked, or the key was replaced.
@@ -210,6 +213,7 @@ class Sites:
                 raise NotAdmitted("this site was revoked")
             if found.state == "gone":
                 raise NotAdmitted("this certificate was replaced by a newer one")
+            act_as(f"site {name}")
             old = self._promoted(session, site, found) if found.state == "next" else None
         if old is not None:
             self._replace(site, old, found)

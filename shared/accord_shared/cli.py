@@ -39,11 +39,18 @@ def version(as_json: JsonFlag = False) -> None:
 
 
 @plan_app.command("check")
-def plan_check(file: Annotated[Path, typer.Argument(help="A plan as TOML.")], as_json: JsonFlag = False) -> None:
+def plan_check(
+    file: Annotated[Path, typer.Argument(help="A plan as TOML.")],
+    only_hash: Annotated[bool, typer.Option("--hash", help="Print the plan's hash alone.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Validate a plan and print what follows from it."""
     from accord_shared.plan import read_plan
 
     plan = read_plan(file)
+    if only_hash:
+        typer.echo(plan.hash)
+        return
     facts = _facts(plan)
     if as_json:
         typer.echo(json.dumps(facts))

@@ -40,6 +40,7 @@ def identity(
     name: Annotated[str, typer.Argument(help="The member's name on the roster.")],
     out: Annotated[Path, typer.Option(help=f"The new private key, a file of mode 0600. {_SECRET}")],
     public: Annotated[Path | None, typer.Option(help="Where the public entry goes (default: standard output).")] = None,
+    as_json: _Json = False,
 ) -> None:
     """Make a member's identity: a private key that stays, and a public entry for the roster."""
     from accord_shared.files import write_atomic
@@ -48,12 +49,12 @@ def identity(
     made = Identity.generate()
     member = made.public(name)
     with _new_key(out, made):
-        if public is None:
-            typer.echo(member.to_json())
-        else:
+        if public is not None:
             _refuse_existing(public)
             write_atomic(public, f"{member.to_json(indent=2)}\n".encode())
-            typer.echo(f"{public}: {member.name}, fingerprint {member.fingerprint}")
+        told = member.to_json() if public is None else f"{public}: {member.name}, fingerprint {member.fingerprint}"
+        facts = {"name": member.name, "fingerprint": member.fingerprint, "key": str(out), "member": dict(member)}
+        _told(facts | {"public": str(public) if public is not None else None}, told, as_json)
 
 
 @roster_app.command(epilog=_WARNING)
@@ -63,6 +64,7 @@ def init(
     colluders: Annotated[int, typer.Option(help="Most sites that may help the coordinator (less than the minimum).")],
     key: Annotated[Path, typer.Option(help=f"The new roster key, a file of mode 0600. {_SECRET}")],
     out: Annotated[Path, typer.Option(help="The new roster, not signed yet.")],
+    as_json: _Json = False,
 ) -> None:
     """Make a roster key and a roster without members."""
     from accord_shared.identity import Identity
@@ -74,31 +76,35 @@ def init(
     with _new_key(key, made):
         _refuse_existing(out)
         _write(out, file)
-    typer.echo(f"{out}: no members yet; {key}: roster key {file.key.fingerprint}, never on the coordinator")
+    told = f"{out}: no members yet; {key}: roster key {file.key.fingerprint}, never on the coordinator"
+    _told({"roster": str(out), "key": str(key), "roster_key": file.key.fingerprint, "members": 0}, told, as_json)
 
 
 @roster_app.command()
 def add(
     roster: _File,
     members: Annotated[list[Path], typer.Argument(help="Public entries (`accord roster identity`).")],
+    as_json: _Json = False,
 ) -> None:
     """Add members. A signature is removed: the roster must be signed again."""
     from accord_shared.identity import Member
 
     entries = [_parsed(Member, path) for path in members]
     file = _read(roster)
-    _change(roster, file, file.roster.added(*entries))
+    _change(roster, file, file.roster.added(*entries), as_json)
 
 
 @roster_app.command()
-def remove(roster: _File, name: Annotated[str, typer.Argument(help="The member's name.")]) -> None:
+def remove(
+    roster: _File, name: Annotated[str, typer.Argument(help="The member's name.")], as_json: _Json = False
+) -> None:
     """Remove a member. A signature is removed: the roster must be signed again."""
     file = _read(roster)
-    _change(roster, file, file.roster.without(name))
+    _change(roster, file, file.roster.without(name), as_json)
 
 
 @roster_app.command(epilog=_WARNING)
-def sign(roster: _File, key: _Key) -> None:
+def sign(roster: _File, key: _Key, as_json: _Json = False) -> None:
     """Sign the roster with the roster key."""
     from accord_shared.roster import Roster, RosterFile, RosterKey, sign_roster
 
@@ -107,14 +113,24 @@ def sign(roster: _File, key: _Key) -> None:
         raise RosterError(f"{key} is not the key of {roster}: it has the fingerprint {signer.keys.fingerprint}")
     signed = sign_roster(Roster.made(dict(file.roster)), signer)
     _write(roster, RosterFile(roster=file.roster, key=file.key, signature=signed.signature))
-    typer.echo(f"{roster}: signed; sites pin this roster hash:\n{signed.roster.hash}")
+    told = f"{roster}: signed; sites pin this roster hash:\n{signed.roster.hash}"
+    _told({"roster": str(roster), "roster_hash": signed.roster.hash, "serial": signed.roster.serial}, told, as_json)
 
 
 @roster_app.command()
-def show(roster: _File, as_json: _Json = False) -> None:
+def show(
+    roster: _File,
+    only_hash: Annotated[bool, typer.Option("--hash", help="Print the hash of a signed roster alone.")] = False,
+    as_json: _Json = False,
+) -> None:
     """Verify a roster and print it. A signature that does not verify ends with exit code 2."""
     file = _read(roster)
     problem = _problem(file)
+    if only_hash:
+        if problem is not None:
+            raise RosterError(f"{roster}: {problem}")
+        typer.echo(file.roster.hash)
+        return
     facts = _facts(file, problem)
     typer.echo(json.dumps(facts) if as_json else _text(facts))
     if file.signature is not None and problem is not None:
@@ -189,12 +205,18 @@ def _write(path: Path, file: RosterFile) -> None:
     write_atomic(path, f"{file.to_json(indent=2)}\n".encode())
 
 
-def _change(path: Path, file: RosterFile, roster: RosterDraft) -> None:
+def _told(facts: dict[str, Any], text: str, as_json: bool) -> None:
+    typer.echo(json.dumps(facts) if as_json else text)
+
+
+def _change(path: Path, file: RosterFile, roster: RosterDraft, as_json: bool) -> None:
     from accord_shared.roster import RosterFile
 
     _write(path, RosterFile(roster=roster, key=file.key))
     gone = "the signature was removed: sign it again" if file.signature is not None else "not signed yet"
-    typer.echo(f"{path}: {len(roster.members)} members, serial {roster.serial}; {gone}")
+    told = f"{path}: {len(roster.members)} members, serial {roster.serial}; {gone}"
+    facts = {"roster": str(path), "serial": roster.serial, "members": [member.name for member in roster.members]}
+    _told(facts | {"signed": False}, told, as_json)
 
 
 def _refuse_existing(path: Path) -> None:

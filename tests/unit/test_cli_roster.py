@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,29 @@ def test_the_whole_way(run: Run) -> None:
     shown = ok(run("show", "roster.json"))
     for word in (told, "Nord", "valid", *(member.fingerprint for member in roster.members)):
         assert word in shown
+
+
+def test_every_command_speaks_json(run: Run) -> None:
+    def facts(*words: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(ok(run(*words, "--json")).splitlines()[-1])
+        return found
+
+    made = facts("identity", "Bank 01", "--out", "b1.pem", "--public", "b1.json")
+    assert made["member"] == json.loads(Path("b1.json").read_text())
+    bare = facts("identity", "Bank 02", "--out", "b2.pem")
+    Path("b2.json").write_text(json.dumps(bare["member"]))
+    assert (bare["public"], Member.from_json(Path("b2.json").read_bytes()).fingerprint) == (None, bare["fingerprint"])
+    keys = facts(
+        "init", "--federation", "Nord", "--minimum", "2", "--colluders", "0", "--key", "k.pem", "--out", "r.json"
+    )
+    assert keys["members"] == 0
+    assert facts("add", "r.json", "b1.json", "b2.json")["members"] == ["Bank 01", "Bank 02"]
+    refused(run("show", "r.json", "--hash"), "r.json")
+    signed = facts("sign", "r.json", "--key", "k.pem")
+    assert ok(run("show", "r.json", "--hash")) == f"{signed['roster_hash']}\n"
+    gone = facts("remove", "r.json", "Bank 02")
+    assert (gone["members"], gone["signed"], gone["serial"]) == (["Bank 01"], False, signed["serial"] + 1)
+    refused(run("show", "r.json", "--hash"), "r.json")
 
 
 def test_show_as_json(run: Run, signed: Path) -> None:

@@ -28,6 +28,7 @@ from accord_shared.identity import Identity, Member
 from accord_shared.plan import Plan
 from accord_shared.roster import Roster, sign_roster
 from accord_shared.service import rpc
+from accord_shared.service.actor import os_user
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.pb import accord_pb2_grpc as services
 from accord_shared.service.token import Invitation
@@ -262,17 +263,41 @@ def test_a_coordinator_is_commanded(run: Run, up: Coordinator, plan_of: Callable
     for line in up.log.read_text().splitlines():
         assert {"time", "level", "logger", "message"} <= json.loads(line).keys()
     assert up.stop() == 0
+    _actors(run)
     refused(run("status"), "the coordinator is not running")
     assert last(run("audit", "verify", "--json"))["entries"] >= 10
+
+
+def _actors(run: Run) -> None:
+    """Who called the local socket, which site, or the coordinator by itself."""
+    shown = last(run("audit", "show", "--json"))["entries"]
+    me = f"operator {os_user()}"
+    actors = {(one["kind"], one["subject"]): one["actor"] for one in shown}
+    assert {actor for (kind, _), actor in actors.items() if kind == "site.invited"} == {me}
+    assert actors["coordinator.created", "Nord"] == actors["site.approved", "bank 1"] == me
+    assert actors["site.enrolled", "bank 1"] == "site bank 1"
+    assert actors["coordinator.started", "Nord"] == actors["coordinator.stopped", "Nord"] == "coordinator"
+    assert {actor for (kind, _), actor in actors.items() if kind in ("run.started", "authority.rotated")} == {me}
+    assert f"by {me}" in ok(run("audit", "show"))
 
 
 def _three_sites(run: Run) -> list[Bank]:
     banks = [Bank(f"bank {number}") for number in range(3)]
     refused(run("invite", "../bank"), "name '../bank'")
     refused(run("invite", "bank 0", "--valid-days", "nan"), "--valid-days")
-    for bank in banks:
-        invited = run("invite", bank.name)
-        enrol(ok(invited).splitlines()[-1], bank)
+    enrol(ok(run("invite", "bank 0")).splitlines()[-1], banks[0])
+    refused(run("invite", "bank 1", "bank 1", "--out", "tokens"), "twice")
+    invited = run("invite", "bank 1", "bank 2", "--out", "tokens", "--json")
+    assert [one["out"] for one in last(invited)["invitations"]] == ["tokens/bank 1.token", "tokens/bank 2.token"]
+    assert "accord1." not in invited.out
+    for bank in banks[1:]:
+        path = Path(f"tokens/{bank.name}.token")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        enrol(path.read_text(), bank)
+    ok(run("invite", "bank 3", "--out", "bank.token"))
+    assert stat.S_IMODE(Path("bank.token").stat().st_mode) == 0o600
+    refused(run("invite", "bank 3", "--out", "bank.token"), "not overwritten")
+    refused(run("invite", "bank 1", "bank 4", "--out", "tokens"), "bank 1.token exists already")
     found = last(run("sites", "list", "--json"))["sites"]
     assert [(site["name"], site["state"], site["online"]) for site in found] == [
         (f"bank {number}", "pending", False) for number in range(3)
@@ -306,6 +331,8 @@ def _roster(run: Run, banks: list[Bank]) -> None:
 
 def _runs(run: Run, plan: Plan) -> None:
     assert ok(run("runs")) == "no run was started\n"
+    for words in (("runs", "--last"), ("watch",)):
+        refused(run(*words), "no run was started")
     Path("plan.toml").write_text(plan.to_toml())
     Path("bad.f32").write_bytes(b"123")
     Path("nan.f32").write_bytes(np.array([np.nan], "<f4").tobytes())
@@ -321,8 +348,10 @@ def _runs(run: Run, plan: Plan) -> None:
     (listed,) = last(run("runs", "--json"))["runs"]
     assert (listed["run"], listed["plan_hash"]) == (started["run"], plan.hash)
     assert last(run("stop", started["run"], "--json"))["state"] == "stopped"
-    done = run("watch", started["run"], "--json")
-    assert (done.code, json.loads(done.out)["state"]) == (3, "stopped")
+    assert ok(run("runs", "--last")) == f"{started['run']}\n"
+    for words in (("watch", started["run"], "--json"), ("watch", "--json")):
+        done = run(*words)
+        assert (done.code, json.loads(done.out)["state"]) == (3, "stopped")
     assert f"accord: run {started['run']} is stopped" in done.err
     assert last(run("resume", started["run"], "--json"))["state"] in ("waiting", "running")
     refused(run("stop", "../x"), "no run '../x'")
@@ -385,8 +414,23 @@ def _revocation(run: Run, banks: list[Bank]) -> None:
     ok(run("authority", "retire", "--force"))
 
 
-def test_what_a_coordinator_leaves_behind(up: Coordinator) -> None:
-    assert up.stop() == 0
+def test_up_returns_when_it_is_ready_and_down_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "accord-server"
+    ok(run("init", "--federation", "Nord"))
+    configure(folder)
+    late = run("status", "--wait", "--timeout", "0.3")
+    assert (late.code, late.err) == (3, "accord: not ready within 0.3 s: the coordinator is not running in "
+                                        f"{folder}\n")  # fmt: skip
+    try:
+        assert ok(run("up", "--wait")).startswith("ready, process ")
+        assert last(run("status", "--json"))["superlink"] is True
+        ok(run("status", "--wait", "--timeout", "5"))
+        refused(run("up", "--wait"), "it ended at once: the coordinator of", "is running already")
+    finally:
+        stopped = run("down")
+    assert ok(stopped) == "stopped\n"
+    assert stat.S_IMODE((folder / "daemon.log").stat().st_mode) == 0o600
+    refused(run("down"), "the coordinator is not running")
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(up.folder) not in left
+    assert str(folder) not in left
     assert os.environ.get("NOTIFY_SOCKET") is None

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from accord_client.cli_site.options import CALL_S, DEFAULT_FOLDER, Folder, opened
+from accord_shared.cli_daemon import WAIT_S, Timeout, Wait, WaitUp, start_detached, stop_daemon, wait_ready
 from accord_shared.cli_output import Json, fields, moment, show
 from accord_shared.errors import NotRunning, Refused
 
 if TYPE_CHECKING:
     from accord_shared.service.pb import accord_pb2 as pb
 
+_READY = ("ready", "training", "preparing")
 _Offline = Annotated[bool, typer.Option("--offline", help="Do not contact the coordinator.")]
 
 
 def add_agent_commands(app: typer.Typer) -> None:
     """Add the commands to `accord site`."""
-    for command in (up, status, pause, resume, check):
+    for command in (up, down, status, pause, resume, check):
         app.command()(command)
 
 
@@ -42,20 +44,46 @@ def agent_stub(path: Path) -> Iterator[Any]:
 def up(
     folder: Folder = DEFAULT_FOLDER,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+    wait: WaitUp = False,
+    timeout: Timeout = WAIT_S,
 ) -> None:
     """Run the site's agent until it is told to stop. It only connects outwards."""
+    path = opened(folder).path
+    if wait:
+        start_detached("site", path, log_level, lambda: _obstacle(folder), lambda: _asked(folder).process_id, timeout)
+        return
     from accord_client import agent
 
-    agent.run(opened(folder).path, log_level)
+    agent.run(path, log_level)
 
 
-def status(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
-    """How the site stands, and what it waits for."""
+def down(timeout: Timeout = WAIT_S, folder: Folder = DEFAULT_FOLDER) -> None:
+    """Stop the agent: the message that it works on is answered first."""
+    stop_daemon(lambda: _asked(folder).process_id, timeout)
+
+
+def _asked(folder: Path) -> pb.AgentStatus:
     from accord_shared.service.pb import accord_pb2 as pb
 
+    with agent_stub(folder) as agent:
+        status: pb.AgentStatus = agent.Status(pb.Empty(), timeout=CALL_S)
+        return status
+
+
+def _obstacle(folder: Path) -> str:
+    """Why the agent is not ready to take part; empty: it is."""
+    found = _asked(folder)
+    return "" if found.state in _READY else f"{found.state}: {found.detail}"
+
+
+def status(
+    wait: Wait = False, timeout: Timeout = WAIT_S, folder: Folder = DEFAULT_FOLDER, as_json: Json = False
+) -> None:
+    """How the site stands, and what it waits for."""
+    if wait:
+        wait_ready(lambda: _obstacle(folder), timeout)
     try:
-        with agent_stub(folder) as agent:
-            facts = _facts(agent.Status(pb.Empty(), timeout=CALL_S))
+        facts = _facts(_asked(folder))
     except NotRunning:
         facts = _stopped(folder)
     facts["plans_waiting"] = _waiting(folder)
@@ -93,12 +121,8 @@ def check(folder: Folder = DEFAULT_FOLDER, offline: _Offline = False, as_json: J
 
 
 def _running(path: Path) -> pb.AgentStatus | None:
-    from accord_shared.service.pb import accord_pb2 as pb
-
     try:
-        with agent_stub(path) as agent:
-            status: pb.AgentStatus = agent.Status(pb.Empty(), timeout=CALL_S)
-            return status
+        return _asked(path)
     except NotRunning:
         return None
 

@@ -10,7 +10,7 @@ import typer
 
 from accord_client.cli_site.options import DEFAULT_FOLDER, Folder, opened
 from accord_shared.cli_output import Json, fields, moment, show
-from accord_shared.errors import OutputError
+from accord_shared.errors import BadInput, OutputError
 
 if TYPE_CHECKING:
     from accord_client.coordinator import CoordinatorClient, FetchedModel
@@ -42,13 +42,17 @@ def list_models(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
 
 @model_app.command()
 def get(
-    run: Annotated[str, typer.Argument(help="The run, as `accord site model list` names it.")],
+    run: Annotated[str | None, typer.Argument(help="The run, as `accord site model list` names it.")] = None,
+    last: Annotated[bool, typer.Option("--last", help="The newest one.")] = False,
     out: Annotated[Path | None, typer.Option(help="A new folder (default: model-RUN).")] = None,
     folder: Folder = DEFAULT_FOLDER,
     as_json: Json = False,
 ) -> None:
     """Fetch a model, check its signature, and write it for plain transformers, peft and safetensors."""
     site = opened(folder)
+    if (run is None) != last:
+        raise BadInput("name a run, or use --last")
+    run = run or _newest(site)
     site.model(run)  # its name is checked before it becomes a folder's
     target = out or Path(f"model-{run}")
     if target.exists():
@@ -57,6 +61,14 @@ def get(
         fetched = client.fetch_model(run)
     facts = _export(site, fetched, target)
     show(facts, fields(facts), as_json)
+
+
+def _newest(site: SiteFolder) -> str:
+    with _client(site) as client:
+        models = client.models()
+    if not models:
+        raise BadInput("no finished model yet")
+    return max(models, key=lambda model: model.finished_us).run
 
 
 def _client(folder: SiteFolder) -> CoordinatorClient:

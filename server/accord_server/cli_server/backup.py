@@ -13,12 +13,13 @@ from typing import Any
 from sqlalchemy.engine import make_url
 
 from accord_server.settings import CoordinatorFolder, CoordinatorSettings
+from accord_shared.cli_daemon import LOG
 from accord_shared.errors import OutputError
 
 ARCHIVE = "archive.tar"
 _TRIES = 10
-_OF_A_PROCESS = ("control", "flower", "lock")
-"""Sockets, and the SuperLink's database, of which a snapshot is taken."""
+_OF_A_PROCESS = ("control", "flower", "lock", LOG)
+"""Sockets, a log, and the SuperLink's database, of which a snapshot is taken."""
 
 
 def write_backup(paths: CoordinatorFolder, settings: CoordinatorSettings, target: Path) -> dict[str, Any]:

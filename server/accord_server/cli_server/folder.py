@@ -6,12 +6,14 @@ import json
 import tomllib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_server.cli_server.options import DEFAULT_FOLDER, Folder, opened
+from accord_server.cli_server.options import DEFAULT_FOLDER, Folder, asked_status, obstacle, opened
+from accord_shared.cli_daemon import WAIT_S, Timeout, WaitUp, start_detached, stop_daemon
 from accord_shared.cli_output import Json, fields, moment, show
 from accord_shared.errors import BadInput, OutputError
 
@@ -103,12 +105,27 @@ def _filled(paths: CoordinatorFolder, settings: CoordinatorSettings, text: str) 
 def up(
     folder: Folder = DEFAULT_FOLDER,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+    wait: WaitUp = False,
+    timeout: Timeout = WAIT_S,
 ) -> None:
     """Run the coordinator until it is told to stop."""
+    paths, _ = opened(folder)
+    if wait:
+        process_of = partial(_process, folder)
+        start_detached("server", paths.path, log_level, lambda: obstacle(folder), process_of, timeout)
+        return
     from accord_server import daemon
 
-    paths, _ = opened(folder)
     daemon.run(paths.path, log_level)
+
+
+def down(timeout: Timeout = WAIT_S, folder: Folder = DEFAULT_FOLDER) -> None:
+    """Stop the coordinator: rounds come to their end. Runs go on at the next `up`."""
+    stop_daemon(partial(_process, folder), timeout)
+
+
+def _process(folder: Path) -> int:
+    return asked_status(folder).process_id
 
 
 def backup(
@@ -154,13 +171,16 @@ def show_audit(
             "time": moment(entry.time_us),
             "kind": entry.kind,
             "subject": entry.subject,
+            "actor": entry.actor,
             "facts": entry.facts,
             "hash": entry.hash,
         }
         for entry in entries
     ]
     lines = [
-        f"{one['seq']:6} {one['time']}  {one['kind']:20} {one['subject']}  {json.dumps(one['facts'])}" for one in facts
+        f"{one['seq']:6} {one['time']}  {one['kind']:20} {one['subject']}  by {one['actor'] or '-'}  "
+        f"{json.dumps(one['facts'])}"
+        for one in facts
     ]
     show({"entries": facts}, lines, as_json)
 
@@ -236,8 +256,12 @@ def _fingerprint(certificate: Any) -> str:
 def _database(paths: CoordinatorFolder, settings: CoordinatorSettings) -> Iterator[Database]:
     from accord_server.database import Database
     from accord_server.settings import database_password
+    from accord_shared.service.actor import acting, os_user
 
-    with closing(Database(paths.database_url(settings), database_password())) as database:
+    with (
+        acting(f"operator {os_user()}"),
+        closing(Database(paths.database_url(settings), database_password())) as database,
+    ):
         yield database
 
 

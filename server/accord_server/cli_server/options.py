@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from accord_server.settings import CoordinatorFolder, CoordinatorSettings
+    from accord_shared.service.pb import accord_pb2 as pb
 
 DEFAULT_FOLDER = Path("accord-server")
 Folder = Annotated[Path, typer.Option("--folder", envvar="ACCORD_SERVER_FOLDER", help="The coordinator's folder.")]
@@ -39,3 +40,17 @@ def coordinator(path: Path) -> Iterator[Any]:
     folder, _ = opened(path)
     with local_channel(folder.control, "coordinator", "the coordinator") as channel:
         yield accord_pb2_grpc.CoordinatorStub(channel)
+
+
+def asked_status(path: Path) -> pb.StatusReply:
+    """What the running coordinator says of itself; see `coordinator`."""
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    with coordinator(path) as server:
+        reply: pb.StatusReply = server.Status(pb.Empty(), timeout=CALL_S)
+        return reply
+
+
+def obstacle(path: Path) -> str:
+    """Why the coordinator is not ready for sites; empty: it is."""
+    return "" if asked_status(path).superlink else "the SuperLink does not answer"

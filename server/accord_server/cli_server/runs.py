@@ -88,21 +88,47 @@ def _fitting(data: bytes) -> bytes:
     return data
 
 
-def runs(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+def runs(
+    last: Annotated[bool, typer.Option("--last", help="Print the name of the newest run alone.")] = False,
+    folder: Folder = DEFAULT_FOLDER,
+    as_json: Json = False,
+) -> None:
     """All runs, the oldest first."""
     from accord_shared.service.pb import accord_pb2 as pb
 
     with coordinator(folder) as server:
+        if last:
+            name = _newest(server)
+            show({"run": name}, [name], as_json)
+            return
         found = [_facts(info) for info in server.ListRuns(pb.Empty(), timeout=CALL_S).runs]
     show({"runs": found}, [_line(facts) for facts in found] or ["no run was started"], as_json)
 
 
-def watch(name: _Run, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+def _newest(server: Any) -> str:
+    """Name of the run that was started last.
+
+    Raises:
+        BadInput: there is none.
+    """
+    from accord_shared.service.pb import accord_pb2 as pb
+
+    found = server.ListRuns(pb.Empty(), timeout=CALL_S).runs
+    if not found:
+        raise BadInput("no run was started")
+    return str(found[-1].run)
+
+
+def watch(
+    name: Annotated[str | None, typer.Argument(metavar="RUN", help="The run (default: the newest).")] = None,
+    folder: Folder = DEFAULT_FOLDER,
+    as_json: Json = False,
+) -> None:
     """Follow a run until it ends. Exit code 3: it stands still and can be resumed."""
     from accord_shared.service.pb import accord_pb2 as pb
 
     with coordinator(folder) as server:
-        _follow(server.WatchRun(pb.RunName(run=name)), as_json)
+        _follow(server.WatchRun(pb.RunName(run=name or _newest(server))), as_json)
 
 
 def stop(name: _Run, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:

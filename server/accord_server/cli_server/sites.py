@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accord_server.cli_server.options import CALL_S, DEFAULT_FOLDER, Folder, Name, coordinator, opened
+from accord_server.cli_server.options import (
+    CALL_S,
+    DEFAULT_FOLDER,
+    Folder,
+    Name,
+    asked_status,
+    coordinator,
+    obstacle,
+    opened,
+)
+from accord_shared.cli_daemon import WAIT_S, Timeout, Wait, wait_ready
 from accord_shared.cli_output import Json, fields, moment, show
 from accord_shared.errors import BadInput, NotRunning, OutputError, RosterError
 
@@ -22,12 +32,13 @@ roster_app = typer.Typer(
 )
 
 
-def status(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+def status(
+    wait: Wait = False, timeout: Timeout = WAIT_S, folder: Folder = DEFAULT_FOLDER, as_json: Json = False
+) -> None:
     """How the coordinator stands."""
-    from accord_shared.service.pb import accord_pb2 as pb
-
-    with coordinator(folder) as server:
-        found = server.Status(pb.Empty(), timeout=CALL_S)
+    if wait:
+        wait_ready(lambda: obstacle(folder), timeout)
+    found = asked_status(folder)
     facts = {
         "federation": found.federation,
         "version": found.version,
@@ -44,21 +55,67 @@ def status(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
 
 
 def invite(
-    name: Name,
-    valid_days: Annotated[float, typer.Option(help="How long the token holds.")] = 7.0,
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The sites' names.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A new file of mode 0600 for the token; for several sites a folder, with NAME.token in it."),
+    ] = None,
+    valid_days: Annotated[float, typer.Option(help="How long a token holds.")] = 7.0,
     folder: Folder = DEFAULT_FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Print a token with which one site enrols, once. It is a secret: send it by a channel that you trust."""
+    """Make a token with which one site enrols, once. It is a secret: send it by a channel that you trust."""
     from accord_shared.service.pb import accord_pb2 as pb
 
     if not 0 < valid_days <= 90:
         raise BadInput(f"--valid-days {valid_days:g} is not between 0 and 90")
-    request = pb.InviteRequest(name=name, valid_s=max(1, round(valid_days * 86400)))
+    files = _token_files(names, out)
+    valid_s = max(1, round(valid_days * 86400))
     with coordinator(folder) as server:
-        made = server.Invite(request, timeout=CALL_S)
-    facts = {"name": name, "token": made.token, "expires": moment(made.expires_us)}
-    show(facts, [made.token], as_json)
+        facts = [
+            _invited(name, server.Invite(pb.InviteRequest(name=name, valid_s=valid_s), timeout=CALL_S), files.get(name))
+            for name in names
+        ]
+    lines = [str(one.get("out") or one["token"]) for one in facts]
+    show(facts[0] if len(facts) == 1 else {"invitations": facts}, lines, as_json)
+
+
+def _invited(name: str, reply: pb.InviteReply, path: Path | None) -> dict[str, Any]:
+    """What is told of a token; the token itself only where it does not go into a file, which is written here."""
+    from accord_shared.service.keyfile import new_private
+
+    expires = moment(reply.expires_us)
+    if path is None:
+        return {"name": name, "token": reply.token, "expires": expires}
+    with new_private(path, f"{reply.token}\n".encode()):
+        return {"name": name, "out": str(path), "expires": expires}
+
+
+def _token_files(names: list[str], out: Path | None) -> dict[str, Path]:
+    """Where each token goes, before one is made.
+
+    Raises:
+        OutputError: a file is there already.
+        BadInput: a name comes twice, or can name no file.
+    """
+    from accord_shared.service.token import entity_name
+
+    if len(set(names)) < len(names):
+        raise BadInput("a name is given twice")
+    if out is None:
+        return {}
+    try:
+        files = {name: out / f"{entity_name(name)}.token" for name in names}
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    if len(names) == 1 and not out.is_dir():
+        files = {names[0]: out}
+    else:
+        out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    there = [str(path) for path in files.values() if path.exists() or path.is_symlink()]
+    if there:
+        raise OutputError(f"{there[0]} exists already and is not overwritten")
+    return files
 
 
 # --- sites

@@ -34,6 +34,7 @@ from grpc_reflection.v1alpha import reflection  # noqa: E402
 from accord_shared import errors  # noqa: E402
 from accord_shared.errors import AccordError, NotRunning, OutputError, Refused, Unreachable, printable  # noqa: E402
 from accord_shared.files import write_atomic  # noqa: E402
+from accord_shared.service.actor import act_as, os_user  # noqa: E402
 from accord_shared.service.causes import unreachable  # noqa: E402
 from accord_shared.service.egress import Proxy  # noqa: E402
 
@@ -47,6 +48,7 @@ MOST_REQUEST = 256 * 1024
 """Longest message that a site or a stranger sends."""
 CHUNK = 1 << 20
 TOKEN = "accord-token"  # noqa: S105 - the name of the metadata key
+_USER = "accord-user-bin"
 _PATH_LIMIT = 104
 """Longest path of a Unix socket that every system takes."""
 _CODES: dict[type[AccordError], grpc.StatusCode] = {
@@ -99,6 +101,7 @@ class _TypedErrors(grpc.ServerInterceptor):
 
 def _answering(behaviour: Any) -> Any:
     def answer(request: Any, context: grpc.ServicerContext) -> Any:
+        act_as(_operator(context))
         try:
             return behaviour(request, context)
         except Exception as error:
@@ -111,6 +114,7 @@ def _answering(behaviour: Any) -> Any:
 
 def _streaming(behaviour: Any) -> Any:
     def answer(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        act_as(_operator(context))
         try:
             yield from behaviour(request, context)
         except Exception as error:
@@ -119,6 +123,14 @@ def _streaming(behaviour: Any) -> Any:
             _abort(context, error)
 
     return answer
+
+
+def _operator(context: grpc.ServicerContext) -> str:
+    """Whom a call over a local socket is of; a call over the network is of nobody until a certificate says it."""
+    if not str(context.peer()).startswith("unix:"):
+        return ""
+    shown = next((value for key, value in context.invocation_metadata() if key == _USER), b"")
+    return "operator " + (shown.decode("utf-8", "replace") if isinstance(shown, bytes) else shown)
 
 
 @contextmanager
@@ -369,13 +381,14 @@ def local_channel(folder: Path, name: str, what: str) -> Iterator[grpc.Channel]:
 
 
 class _Token(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
-    """Shows the token."""
+    """Shows the token, and who calls."""
 
     def __init__(self, token: str) -> None:
         self._token = token
 
     def _details(self, details: Any) -> Any:
-        return details._replace(metadata=[*(details.metadata or ()), (TOKEN, self._token)])
+        shown = (TOKEN, self._token), (_USER, os_user().encode("utf-8", "replace"))
+        return details._replace(metadata=[*(details.metadata or ()), *shown])
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         return continuation(self._details(client_call_details), request)
