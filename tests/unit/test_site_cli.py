@@ -210,7 +210,16 @@ def plans_by_hand(run: Run, site: SiteFolder) -> None:
     shown = facts(run("plan", "show", PLAN.hash[:8], "--json"))
     assert (shown["plan"]["run"]["rounds"], shown["state"]) == (4, "waiting")
     assert "rounds = 4" in ok(run("plan", "show", PLAN.hash))
-    assert facts(run("plan", "approve", PLAN.hash, "--json"))["state"] == "approved"
+    assert shown["cost"] is None
+    write_policy(site)
+    assert facts(run("plan", "show", PLAN.hash[:8], "--json"))["cost"]["epsilon"]["most"] == 8.0
+    approved = facts(run("plan", "approve", PLAN.hash, "--json"))
+    assert (approved["state"], approved["cost"]["dataset"], approved["cost"]["epsilon"]["spent"]) == (
+        "approved",
+        "cases",
+        0.0,
+    )
+    assert " → 8 of 8" in ok(run("plan", "approve", PLAN.hash))
     book.require(PLAN.hash)
     refused(run("plan", "approve", outside.hash), "run.rounds: too many")
     refused(run("plan", "approve", "f" * 64), "no plans of hash")
@@ -454,6 +463,13 @@ def test_check_of_a_pending_site_warns(run: Run, whole: SiteFolder, coordinator:
 # --- models
 
 
+def newest_first(reply: Any) -> Any:
+    """r1 is the newest, whatever the order."""
+    for model in reply.models:
+        model.finished_us = 1000 if model.run == "r1" else 10
+    return pb.ModelList(models=sorted(reply.models, key=lambda model: -model.finished_us))
+
+
 def test_models(run: Run, site: SiteFolder, coordinator: Coordinator, model_folder: Path) -> None:
     from accord_client.models import digest
 
@@ -480,6 +496,12 @@ def test_models(run: Run, site: SiteFolder, coordinator: Coordinator, model_fold
     refused(run("model", "get", "r1", "--out", "mine"), "mine exists already")
     refused(run("model", "get", "../up"), "not the name of a run")
     assert "(fetched)" in ok(run("model", "list"))
+    coordinator.finish("r0", plan, save({"weights": weights}), {"metrics": {}})
+    coordinator.bend["ListModels"] = newest_first
+    told = facts(run("model", "get", "--last", "--out", "newest", "--json"))
+    assert told["run"] == "r1"
+    for words in ((), ("r1", "--last")):
+        refused(run("model", "get", *words), "name a run, or use --last")
     coordinator.refuse["GetModel"] = Unreachable("gone")
     ok(run("model", "get", "r1"))
     assert Path("model-r1/plan.toml").exists()

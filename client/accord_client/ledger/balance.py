@@ -124,7 +124,7 @@ class Balance:
             case Made():
                 self.ledger = entry.ledger
             case Declared():
-                self._declare(entry.dataset)
+                self.declare(entry.dataset)
             case Released():  # before `Reserved`, of which it is one
                 self._release(entry)
             case Reserved():
@@ -141,7 +141,8 @@ class Balance:
             case _:
                 assert_never(entry)
 
-    def _declare(self, dataset: DataSet) -> None:
+    def declare(self, dataset: DataSet) -> None:
+        """The operator's newest word on a data set."""
         self.declared[dataset.name] = dataset
         if dataset.derived_from is not None:
             self._link(dataset.name, dataset.derived_from)

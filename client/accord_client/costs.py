@@ -1,0 +1,93 @@
+"""What a plan would cost a site's data set, beside what is spent of it and what its operator allows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from accord_client.ledger.balance import Balance
+from accord_client.ledger.chain import Chain
+from accord_client.ledger.entries import Spent
+from accord_client.ledger.ledger import Ledger
+from accord_client.ledger.limits import epsilon_of
+from accord_client.policy import Policy
+from accord_client.settings import SiteFolder
+from accord_shared.dp.accounting import noise_multiplier, round_event
+from accord_shared.dp.events import Event
+from accord_shared.dp.sharing import NoiseShares
+from accord_shared.errors import PolicyRefused
+from accord_shared.plan import Plan
+
+
+class Change(NamedTuple):
+    """One ε: before the plan, after all that it may still release, and the most that is allowed (None: no limit)."""
+
+    spent: float
+    after: float
+    most: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan keeps within the limit."""
+        return self.most is None or self.after <= self.most
+
+    def line(self) -> str:
+        """`3.2 → 4.6 of 8`."""
+        allowed = "(no limit)" if self.most is None else f"of {self.most:g}"
+        return f"{_number(self.spent)} → {_number(self.after)} {allowed}{'' if self.fits else ': more than allowed'}"
+
+    def facts(self) -> dict[str, Any]:
+        """The same for a program; null where there is no bound."""
+        spent, after = (value if math.isfinite(value) else None for value in (self.spent, self.after))
+        return {"spent": spent, "after": after, "most": self.most, "fits": self.fits}
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "no bound"
+
+
+class PlanCost(NamedTuple):
+    """Both ε of a data set and its lineage, at its own delta."""
+
+    dataset: str
+    delta: float
+    epsilon: Change
+    """Against coordinator and public."""
+    epsilon_all_collude: Change
+
+
+def plan_cost(folder: SiteFolder, plan: Plan) -> PlanCost:
+    """What the plan would add, as the ledger will count it when the plan is joined.
+
+    Raises:
+        PolicyRefused: the policy names no data set.
+        ModelError: the cost depends on the model's size, and the model is not here.
+        SettingsError, PrivacyError: policy or ledger cannot be used.
+    """
+    policy = Policy.read(folder.policy)
+    limits = policy.limits.get(policy.dataset or "")
+    if policy.dataset is None or limits is None:
+        raise PolicyRefused("dataset: none of this site's may be trained on")
+    balance = Ledger(folder.path).verify() if Chain(folder.path).exists() else Balance()
+    for declared in policy.datasets():
+        balance.declare(declared)
+    name = policy.dataset
+    left = max(0, plan.releases - balance.plan(plan.hash).rounds)
+    before = balance.spent(name) + balance.reserved_by_others(name, plan.hash)
+    after = before + Spent.of(_event(plan), left)
+    public, colluding = (
+        Change(*(epsilon_of(one, limits.delta, limits.accountant, colluding=all_) for one in (before, after)), most)
+        for all_, most in ((False, limits.epsilon), (True, limits.epsilon_all_collude))
+    )
+    return PlanCost(name, limits.delta, public, colluding)
+
+
+def _event(plan: Plan) -> Event | None:
+    """What each release costs."""
+    from accord_client.facts import trainable_parameters
+
+    z, own = noise_multiplier(plan), None
+    if plan.shared_noise:
+        dimension = trainable_parameters(plan) + plan.extra_coordinates
+        own = NoiseShares.of(plan, dimension, z).own_multiplier
+    return round_event(plan, z, own)
