@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,8 +26,10 @@ from accord_client.app import answered
 from accord_client.coordinator import CoordinatorClient, check_skew, new_boot
 from accord_client.enrolment import Enrolment
 from accord_client.fleet import FleetConnection, Incoming
-from accord_client.gate import Gate
+from accord_client.gate import Gate, stamp
 from accord_client.keystore import Keys, expiry_warning
+from accord_client.preparation import Preparer
+from accord_client.refusals import Causes, Refusals
 from accord_client.rosters import RosterBook
 from accord_client.settings import SiteFolder, SiteSettings
 from accord_client.telemetry import AgentMetrics
@@ -35,15 +38,16 @@ from accord_shared.errors import (
     AccordError,
     ClockSkew,
     NotAdmitted,
+    PlanNotApproved,
     ProtocolError,
     Refused,
     SessionLost,
     SitePaused,
+    SitePreparing,
     Unreachable,
-    printable,
 )
 from accord_shared.files import only_one, write_atomic
-from accord_shared.messages import Enquiry, Message, Refusal
+from accord_shared.messages import Enquiry, Message
 from accord_shared.service import logs, notify
 from accord_shared.service.exposition import exposed
 from accord_shared.service.pb import accord_pb2 as pb
@@ -59,6 +63,8 @@ LOOK_S = 0.2
 """How often a worker that may not work looks whether it may."""
 POLL_SHARE = 0.05
 """Pause between questions, as a part of the time that nothing came: idle sites ask rarely, busy ones at once."""
+MOST_RUNS = 64
+"""Runs whose plan is remembered, for the operator's status."""
 QUIET_S = 10.0
 """Without a message for so long no round is held to be under way here."""
 
@@ -79,7 +85,6 @@ class Standing:
     training: bool = False
     heard: float = float("-inf")
     """When the last message came (monotonic)."""
-    last_refusal: str = ""
     flower: str = ""
     """Why the connection to the SuperLink is not there."""
     hello: threading.Event = field(default_factory=threading.Event)
@@ -103,12 +108,15 @@ class Agent:
         self._workplace = Workplace(
             self._folder, self._settings, name, self._keys.identity, self._rosters, lambda: self._gate.policy
         )
+        self.stopping = threading.Event()
+        self._preparer = Preparer(self._workplace.prepare, self._workplace.is_prepared, self.stopping.is_set)
+        self._refusals = Refusals(self._causes)
+        self._plan_of_run: OrderedDict[str, str] = OrderedDict()
         self._metrics = AgentMetrics()
         self._unwanted: set[str] = set()
         """Runs whose models were refused."""
         self.boot = new_boot()
         self.standing = Standing(paused=self._paused_file.exists())
-        self.stopping = threading.Event()
 
     @property
     def _paused_file(self) -> Path:
@@ -169,7 +177,7 @@ class Agent:
     def _greet(self) -> None:
         """Say hello, and see to what the coordinator tells."""
         standing = self.standing
-        greeting = self._client.hello(self.boot, "paused" if standing.paused else "ready", self._rosters.hash)
+        greeting = self._client.hello(self.boot, self._says(), self._rosters.hash)
         reply = greeting.reply
         if standing.refused or standing.unreachable or not standing.greeted:
             log.info("in touch with the coordinator", extra={"state": reply.state})
@@ -339,22 +347,58 @@ class Agent:
 
     def _handle(self, message: Message) -> Message:
         """A message of the coordinator, behind the gate."""
+        plan_hash = self._plan_hash(message)
         try:
             if self.standing.paused and self._gate.begins_work(message):
                 raise SitePaused("this site is paused by its operator")
             self._gate.check(message, datetime.now())
             if isinstance(message, Enquiry):
                 self._workplace.note_run(message.plan_hash, message.run_id)
-            reply = self._workplace.site.handle(message)
-        except AccordError as error:
-            self.standing.last_refusal = printable(f"{type(error).__name__}: {error}")
-            log.warning("refused: %s", self.standing.last_refusal)
+                self._preparer.require(self._gate.book.find(message.plan_hash).parsed)
+            reply = self._workplace.site.answer(message)
+        except (SessionLost, SitePreparing):  # what follows by itself
             raise
-        if isinstance(reply, Refusal):  # the site has logged it
-            self.standing.last_refusal = "" if reply.kind == SessionLost.__name__ else f"{reply.kind}: {reply.reason}"
-        elif self._gate.begins_work(message):
-            self.standing.last_refusal = ""
+        except AccordError as error:
+            refusal = self._refusals.note(plan_hash, error)
+            log.warning("refused: %s", refusal.reason, extra={"plan": plan_hash})
+            raise
+        if self._gate.begins_work(message):
+            self._refusals.clear(plan_hash)
         return reply
+
+    def _plan_hash(self, message: Message) -> str:
+        """Whose plan's a message is; empty if unknown."""
+        run = str(getattr(message, "run_id", ""))
+        if isinstance(message, Enquiry):
+            self._plan_of_run[run] = message.plan_hash
+            while len(self._plan_of_run) > MOST_RUNS:
+                self._plan_of_run.popitem(last=False)
+        return str(getattr(message, "plan_hash", "")) or self._plan_of_run.get(run, "")
+
+    def _causes(self, plan_hash: str) -> Causes:
+        """Whatever a refusal may depend on that changes without a word of the coordinator."""
+        folder, data = self._folder, self._settings.data.values()
+        named = (folder.path / str(getattr(spec, "path", "")) for spec in data)
+        ledger = (folder.path / f"ledger.db{suffix}" for suffix in ("", "-wal"))
+        record = folder.plans / f"{plan_hash}.json"
+        files = tuple(stamp(path) for path in (folder.policy, record, *ledger, *named))
+        try:
+            self._gate.policy.check_hours(datetime.now())
+            hours = ""
+        except AccordError as error:
+            hours = type(error).__name__
+        return (*files, self._rosters.hash, self.standing.paused, hours)
+
+    def _says(self) -> str:
+        """One of the few words that a Hello has for how this site stands: none of them depends on records."""
+        if self.standing.paused:
+            return "paused"
+        if self._preparer.busy:
+            return "preparing"
+        refusals = self._refusals.standing()
+        if any(one.reason.startswith(PlanNotApproved.__name__) for one in refusals):
+            return "waiting"
+        return "refusing" if refusals else "ready"
 
     # --- for the operator
 
@@ -370,12 +414,13 @@ class Agent:
 
     def status(self) -> pb.AgentStatus:
         """How the site stands."""
-        standing = self.standing
+        standing, refusals = self.standing, self._refusals.standing()
         state, detail = self._obstacle()
         if not state:
-            busy = "training" if standing.training else "connecting" if standing.flower else "ready"
+            idle = "preparing" if self._preparer.busy else "ready"
+            busy = "training" if standing.training else "connecting" if standing.flower else idle
             state = "paused" if standing.paused else busy
-            detail = standing.flower or standing.unreachable or standing.last_refusal
+            detail = standing.flower or standing.unreachable or (refusals[-1].reason if refusals else "")
         if not self._rosters.hash and state == "ready":
             state, detail = "waiting", "no roster is accepted yet: `accord site roster accept HASH`"
         expires = self._keys.expires
@@ -392,7 +437,19 @@ class Agent:
             warnings=[warning] if warning else [],
             runs=self._workplace.runs(),
             process_id=os.getpid(),
+            preparations=[one.info() for one in self._preparer.progress()],
+            refusals=[one.info() for one in refusals],
         )
+
+    def approve(self, plan_hash: str) -> pb.PlanInfo:
+        """Let a plan begin, and prepare its records at once.
+
+        Raises:
+            BadInput, PolicyRefused: as `PlanBook.approve`.
+        """
+        record = self._gate.book.approve(plan_hash)
+        self._preparer.start(record.parsed)
+        return record.info()
 
     @property
     def gate(self) -> Gate:
@@ -435,7 +492,7 @@ class AgentService(services.AgentServicer):
 
     def ApprovePlan(self, request: pb.PlanHash, context: grpc.ServicerContext) -> pb.PlanInfo:  # noqa: N802
         """Let one begin."""
-        return self._agent.gate.book.approve(request.hash).info()
+        return self._agent.approve(request.hash)
 
 
 def run(folder: Path, log_level: str = "INFO") -> None:

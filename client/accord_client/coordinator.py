@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import grpc
 import numpy as np
@@ -169,10 +169,11 @@ class CoordinatorClient:
 
     # --- presence
 
-    def hello(self, boot: str, state: Literal["ready", "paused"], roster: str) -> Greeting:
+    def hello(self, boot: str, state: str, roster: str) -> Greeting:
         """Say that this site is there, and learn what changed. New authorities are stored.
 
-        `boot` is random and new at each start of the agent, `roster` the hash of the accepted roster.
+        `boot` is random and new at each start of the agent, `state` one of the words that
+        accord.proto has for it, `roster` the hash of the accepted roster.
 
         Raises:
             ImpostorError: the authorities that came are none.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from accord_client.models import Encoder, EncoderModel, LabelFrame, Tokens
 from accord_client.trainer import Indices, Runtime
-from accord_shared.errors import NonFinite
+from accord_shared.errors import NonFinite, OutputError
 from accord_shared.files import make_folder, write_atomic
 
 VERSION = 2
 """1 could hold embeddings of models that were read with random parts."""
 _BATCH = 64
+_SPARE = 1 << 20
+"""Bytes that are left on the disk for what must be written besides."""
 Array = npt.NDArray[Any]
 
 
@@ -70,6 +73,17 @@ class FeatureCache:
         entry: Array = np.load(self._path(name), mmap_mode="r", allow_pickle=False)
         return entry
 
+    def require_room(self, size: int) -> None:
+        """Before an entry of so many bytes is computed.
+
+        Raises:
+            OutputError: the disk has no room for it, and a little for what else is written.
+        """
+        make_folder(self._folder)
+        free, wanted = shutil.disk_usage(self._folder).free, size + size // 10 + _SPARE
+        if free < wanted:
+            raise OutputError(f"{self._folder}: embeddings need {_size(wanted)} of disk, and {_size(free)} are free")
+
     def put(self, name: str, value: Array) -> None:
         """Store an entry."""
         if not np.isfinite(value).all():
@@ -79,6 +93,10 @@ class FeatureCache:
         buffer = io.BytesIO()
         np.save(buffer, value, allow_pickle=False)
         write_atomic(self._path(name), buffer.getvalue(), mode=0o600)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def pooled(
@@ -100,7 +118,9 @@ def pooled(
     return result
 
 
-def prefix_states(model: EncoderModel, tokens: Tokens, runtime: Runtime) -> npt.NDArray[np.float16]:
+def prefix_states(
+    model: EncoderModel, tokens: Tokens, runtime: Runtime, on_progress: Callable[[int], None] = lambda _: None
+) -> npt.NDArray[np.float16]:
     """Output of the frozen layers [all tokens, d], ragged as in `tokens`."""
     encoder = model.encoder
     result = np.empty((len(tokens.ids), encoder.hidden_size), dtype=np.float16)
@@ -117,6 +137,7 @@ def prefix_states(model: EncoderModel, tokens: Tokens, runtime: Runtime) -> npt.
                 for place, row in enumerate(rows):
                     length = tokens.lengths[row]
                     result[starts[row] : tokens.ends[row]] = hidden[place, :length]
+                on_progress(len(rows))
     finally:
         handle.remove()
     return result

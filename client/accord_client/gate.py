@@ -37,9 +37,9 @@ class Gate:
         Raises:
             SettingsError: it is malformed: nothing is allowed until it is mended.
         """
-        stamp = _stamp(self._path)
-        if self._read is None or self._read[0] != stamp:
-            self._read = stamp, Policy.read(self._path)
+        now = stamp(self._path)
+        if self._read is None or self._read[0] != now:
+            self._read = now, Policy.read(self._path)
         return self._read[1]
 
     @staticmethod
@@ -81,7 +81,8 @@ def _signature(text: str) -> PlanSignature:
         raise PlanError(f"the plan's signature: {error}") from None
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path) -> tuple[int, int]:
+    """What tells that a file was changed; zeros where there is none."""
     try:
         found = path.stat()
     except OSError:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from accord_shared.errors import BadInput, OutputError, PlanError, PlanNotApproved, PolicyRefused, SettingsError
 from accord_shared.files import write_atomic
-from accord_shared.plan import Plan, Table, first_problem
+from accord_shared.plan import Plan, Table, first_problem, read_plan
 from accord_shared.service.pb import accord_pb2 as pb
 from accord_shared.service.rpc import private_folder
 
@@ -208,3 +208,14 @@ def _read(path: Path) -> PlanRecord:
     if not sound:
         raise SettingsError(f"{path} is damaged: its plan has another hash")
     return record
+
+
+def plan_named(folder: Path, text: str) -> Plan:
+    """A plan by the hash under which it was offered, or from a file of TOML.
+
+    Raises:
+        BadInput: it is neither; a `PlanError` where the file holds no plan.
+    """
+    if re.fullmatch(r"[0-9a-f]{8,64}", text):
+        return PlanBook(folder).find(text).parsed
+    return read_plan(Path(text))

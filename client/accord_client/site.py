@@ -112,20 +112,28 @@ class Site:
     def handle(self, message: Message) -> Message:
         """Answer one message; a refusal is an answer too."""
         try:
-            if isinstance(message, Enquiry):
-                return self._join(message)
-            if isinstance(message, TrainRequest):
-                return self._train(message)
-            if isinstance(message, MaskRequest):
-                return self._mask(message)
-            if isinstance(message, OpenRequest):
-                return self._open(message)
-            if isinstance(message, IntroduceRequest | SurvivorsRequest):
-                return self._secured().answer(message)
-            raise ProtocolError(f"a site has no answer to {type(message).__name__}")
+            return self.answer(message)
         except AccordError as error:
             log.warning("%s refuses: %s: %s", self.name, type(error).__name__, error)
             return Refusal.of(error)
+
+    def answer(self, message: Message) -> Message:
+        """Answer one message.
+
+        Raises:
+            AccordError: the site refuses; its line is for this site's operator, `Refusal.of` says what may leave.
+        """
+        if isinstance(message, Enquiry):
+            return self._join(message)
+        if isinstance(message, TrainRequest):
+            return self._train(message)
+        if isinstance(message, MaskRequest):
+            return self._mask(message)
+        if isinstance(message, OpenRequest):
+            return self._open(message)
+        if isinstance(message, IntroduceRequest | SurvivorsRequest):
+            return self._secured().answer(message)
+        raise ProtocolError(f"a site has no answer to {type(message).__name__}")
 
     def releases(self, plan: Plan) -> Releases:
         """What this site has released and spent under the plan."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
-from accord_client.connectors import DataSpec, load
 from accord_client.data import Examples
-from accord_client.features import FeatureCache
 from accord_client.members import LocalMembers
-from accord_client.models import verified
 from accord_client.policy import Policy
+from accord_client.preparation import Progress, open_workspace, prepare, read_records
 from accord_client.rosters import RosterBook
 from accord_client.settings import SiteFolder, SiteSettings
 from accord_client.site import Site
@@ -22,8 +20,6 @@ from accord_client.workspace import Workspace
 from accord_shared.identity import Identity
 from accord_shared.plan import Plan
 from accord_shared.service.pb import accord_pb2 as pb
-
-log = logging.getLogger(__name__)
 
 MOST_PLANS = 4
 """Plans whose model and records stay in memory."""
@@ -50,6 +46,8 @@ class Workplace:
         self._site: tuple[tuple[Policy, str], Site] | None = None
         self._newest_run: dict[str, str] = {}
         self._stored: tuple[Policy, SiteStore] | None = None
+        self._lock = threading.Lock()
+        """Of what is kept in memory, which two threads fill."""
 
     def check(self) -> None:
         """Before the agent is up: settings and policy fit each other, the ledger is whole, there is such a device.
@@ -91,24 +89,45 @@ class Workplace:
         return self._stored[1]
 
     def _workspace(self, plan: Plan) -> Workspace:
-        return _kept(self._workspaces, plan.hash, lambda: self._opened(plan))
+        return self._kept(self._workspaces, plan.hash, lambda: open_workspace(plan, self._folder, self._device()))
 
-    def _opened(self, plan: Plan) -> Workspace:
-        """The model is compared with the plan's digest here: with all embeddings cached nobody else would load it."""
-        verified(plan.model)
-        return Workspace(plan, FeatureCache(self._folder.cache), self._runtime or self._settings.device.runtime())
+    def _device(self) -> Runtime:
+        return self._runtime or self._settings.device.runtime()
 
     def _records(self, plan: Plan, policy: Policy) -> Examples:
-        spec, dataset = policy.spec(self._settings.data), str(policy.dataset)
-        return _kept(self._examples, f"{plan.hash}/{dataset}", lambda: self._loaded(plan, dataset, spec))
+        return self._kept(
+            self._examples,
+            _records_of(plan, policy),
+            lambda: read_records(plan, self._folder, self._settings, policy),
+        )
 
-    def _loaded(self, plan: Plan, dataset: str, spec: DataSpec) -> Examples:
-        quarantine = self._folder.quarantine / f"{dataset}.csv"
-        loaded = load(spec, plan, quarantine, folder=self._folder.path)
-        level = logging.WARNING if loaded.rejected else logging.INFO
-        facts = {"dataset": dataset, "rows": loaded.rows, "rejected": loaded.rejected, "digest": loaded.digest}
-        log.log(level, "the data set is read", extra=facts)
-        return loaded.examples
+    def prepare(self, plan: Plan, progress: Progress) -> None:
+        """In a thread of its own: make, and keep at hand, what the site would else make within a trip.
+
+        Raises:
+            AccordError: as `preparation.prepare`.
+        """
+        policy = self._policy_of()
+        made, records = prepare(plan, self._folder, self._settings, policy, self._device(), progress)
+        self._kept(self._examples, _records_of(plan, policy), lambda: records)
+        self._kept(self._workspaces, plan.hash, lambda: made)
+
+    def is_prepared(self, plan: Plan) -> bool:
+        """Whether all of that is at hand."""
+        with self._lock:
+            return plan.hash in self._workspaces and _records_of(plan, self._policy_of()) in self._examples
+
+    def _kept(self, cache: OrderedDict[str, T], name: str, make: Callable[[], T]) -> T:
+        """From the cache, or made and put there; the oldest goes. Nobody waits for what another thread makes."""
+        with self._lock:
+            known = cache.get(name)
+        value = make() if known is None else known
+        with self._lock:
+            value = cache.setdefault(name, value)
+            cache.move_to_end(name)
+            while len(cache) > MOST_PLANS:
+                cache.popitem(last=False)
+        return value
 
     def note_run(self, plan_hash: str, run: str) -> None:
         """Remember the newest run of a plan, for the status."""
@@ -133,11 +152,6 @@ class Workplace:
         ]
 
 
-def _kept(cache: OrderedDict[str, T], name: str, make: Callable[[], T]) -> T:
-    """From the cache, or made and put there; the oldest goes."""
-    if name not in cache:
-        cache[name] = make()
-        while len(cache) > MOST_PLANS:
-            cache.popitem(last=False)
-    cache.move_to_end(name)
-    return cache[name]
+def _records_of(plan: Plan, policy: Policy) -> str:
+    """The name of a plan's records in memory."""
+    return f"{plan.hash}/{policy.dataset}"

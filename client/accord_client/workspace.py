@@ -19,7 +19,8 @@ from accord_client.features import (
     pooled,
     prefix_states,
 )
-from accord_client.models import Encoder, EncoderModel, HeadModel, LabelFrame, digest, verified
+from accord_client.metrics import hold_back
+from accord_client.models import Encoder, EncoderModel, HeadModel, LabelFrame, Tokens, digest, verified
 from accord_client.trainer import Batches, Runtime, TrainableModel
 from accord_shared.errors import ModelError
 from accord_shared.plan import Plan
@@ -72,12 +73,14 @@ class Workspace:
         self, texts: tuple[str, ...], on_progress: Callable[[int], None]
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         prompts = self.plan.task.prompts
+        self._cache.require_room(len(texts) * self.encoder.hidden_size * 4)
         if prompts is None:
             return pooled(self.encoder, texts, self.runtime, on_progress)
         total = np.zeros((len(texts), self.encoder.hidden_size), dtype=np.float32)
-        for index, prompt in enumerate(prompts):
+        share = _Share(on_progress, len(prompts))
+        for prompt in prompts:
             asked = tuple(prompt.replace("{}", text) for text in texts)
-            part = pooled(self.encoder, asked, self.runtime, on_progress if index == 0 else lambda _: None)
+            part = pooled(self.encoder, asked, self.runtime, share)
             total += part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
         return total / np.float32(len(prompts))
 
@@ -116,11 +119,21 @@ class Workspace:
         """The public starting weights [P]: equal wherever the plan is."""
         return self._start[1].copy()
 
-    def batches(self, examples: Examples) -> Batches:
+    def prepare(self, examples: Examples, on_progress: Callable[[int], None] = lambda _: None) -> None:
+        """Put into the cache whatever training on these records will read from there.
+
+        Raises:
+            OutputError: the disk is too small for it, which is found before anything is computed.
+        """
+        for part in hold_back(examples, self.plan.evaluation.released_fraction):
+            if len(part):
+                self.batches(part, on_progress)
+
+    def batches(self, examples: Examples, on_progress: Callable[[int], None] = lambda _: None) -> Batches:
         """Records prepared for the plan's depth."""
         if self.plan.adapter.depth == "head":
             return feature_batches(
-                self.embeddings(examples.texts),
+                self.embeddings(examples.texts, on_progress),
                 examples.labels,
                 examples.units,
                 self.frame,
@@ -133,7 +146,7 @@ class Workspace:
         prefix = None
         if model.frozen_layers:
             name = key(self._digest, self.plan.task.max_tokens, model.frozen_layers, examples.texts)
-            prefix = self._cache.get(name, lambda: prefix_states(model, tokens, self.runtime))
+            prefix = self._cache.get(name, lambda: self._prefix(model, tokens, on_progress))
         return TokenBatches(
             encoder=self.encoder,
             tokens=tokens,
@@ -142,3 +155,22 @@ class Workspace:
             units=examples.units,
             device=self.runtime.device,
         )
+
+    def _prefix(
+        self, model: EncoderModel, tokens: Tokens, on_progress: Callable[[int], None]
+    ) -> np.ndarray[Any, np.dtype[np.float16]]:
+        self._cache.require_room(len(tokens.ids) * self.encoder.hidden_size * 2)
+        return prefix_states(model, tokens, self.runtime, on_progress)
+
+
+class _Share:
+    """Progress of one of several equal passes: all together count every record once."""
+
+    def __init__(self, on_progress: Callable[[int], None], passes: int) -> None:
+        self._on_progress, self._passes = on_progress, passes
+        self._seen = 0
+
+    def __call__(self, rows: int) -> None:
+        before = self._seen // self._passes
+        self._seen += rows
+        self._on_progress(self._seen // self._passes - before)

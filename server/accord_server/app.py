@@ -156,6 +156,8 @@ class FlowerExchange:
         self.joined: dict[str, Joined] = {}
         self.refusals: dict[int, str] = {}
         """Why nodes did not join."""
+        self.refused: dict[str, str] = {}
+        """Sites that did not join, and the kinds of their refusals; empty for an answer of no use."""
         self._nodes: dict[str, int] = {}
         self._boots: dict[str, str] = {}
         self._greeted: dict[int, float] = {}
@@ -178,6 +180,10 @@ class FlowerExchange:
             for site, node in self._nodes.items()
             if node in online and site not in self._doubts and self._presence.is_there(site)
         )
+
+    def doubted(self) -> Sequence[str]:
+        """Sites that joined, failed, and did not show since that they work."""
+        return tuple(self._doubts)
 
     def restarted(self) -> frozenset[str]:
         """Sites whose process is another than the one that joined: it has none of its secrets."""
@@ -282,6 +288,7 @@ class FlowerExchange:
             if self.refusals.get(node) != reason:
                 log.warning("%s did not join: %s", self._presence.name_of(node) or f"node {node}", reason)
             self.refusals[node] = reason
+            self.refused[self._name(node)] = reply.kind if isinstance(reply, Failure) else ""
             return
         admitted = self._presence.name_of(node)
         if admitted is not None and reply.site != admitted:
@@ -294,6 +301,7 @@ class FlowerExchange:
         self._refused_at.pop(node, None)
         self._doubts.pop(reply.site, None)
         self._changed_at = time.monotonic()
+        self.refused.pop(reply.site, None)
         self._nodes[reply.site] = node
         self._boots[reply.site] = self._presence.boot(reply.site)
         self.joined[reply.site] = reply

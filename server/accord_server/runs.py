@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -24,6 +25,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from accord_server.absent import absent
 from accord_server.aggregation import Aggregation, PlainAggregation
 from accord_server.app import FlowerExchange, Timing
 from accord_server.audit import AuditLog
@@ -133,6 +135,7 @@ class _Active:
     by_operator: bool = False
     trouble: str = ""
     """What it waits for that its row in the database cannot tell of."""
+    exchange: FlowerExchange | None = None
 
     def join(self, seconds: float) -> None:
         """Wait for the thread's end."""
@@ -329,7 +332,33 @@ class Runs:
                 raise
         with self._lock:
             self._known = found
-            return tuple(self._as_it_is(info) for info in found.values())
+            shown = tuple(self._as_it_is(info) for info in found.values())
+        with suppress(OutputError):  # while the database is away nobody is named
+            for info in shown:
+                self._name_absent(info)
+        return shown
+
+    def _name_absent(self, info: pb.RunInfo) -> None:
+        """Of an active run: who does not take part now, and why."""
+        active = self._active.get(info.run)
+        exchange = active.exchange if active is not None else None
+        if exchange is None:
+            return
+        hashed = exchange.enquiry.roster_hash
+        members = self._rosters.roster.members if hashed else ()
+        wanted = [member.name for member in members] if hashed else sorted(self._sites.states())
+        info.absent.extend(
+            absent(
+                wanted,
+                self._sites,
+                joined=set(exchange.sites()),
+                failed=set(exchange.doubted()),
+                refusals=dict(exchange.refused),
+                roster=hashed,
+                most_skew_s=self._settings.clock.most_skew_s,
+                now=time.time(),
+            )
+        )
 
     def _as_it_is(self, known: pb.RunInfo) -> pb.RunInfo:
         """What the database says, corrected by what this process knows: only a run that has a thread is active."""
@@ -585,6 +614,7 @@ class Runs:
                 SitePresence(self._sites, self._settings.clock.most_skew_s),
                 self._draining.is_set,
             )
+            active.exchange = exchange
             exchange.join(plan.cohort.minimum, plan.cohort.size)
             self._set(run, active, "running", f"{len(exchange.sites())} sites")
             self._round_began[run] = time.monotonic()

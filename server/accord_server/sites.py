@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 ONLINE_S = 45.0
 """A site that was heard of within three idle pauses is online."""
-_STATES = ("ready", "paused")
+_STATES = ("ready", "paused", "preparing", "waiting", "refusing")
 _KNOWN_BOOTS = 64
 
 
@@ -317,6 +317,11 @@ class Sites:
             for key in wanted - known:
                 self._superlink.admit(key)
 
+    def states(self) -> dict[str, str]:
+        """State of every site, by name: pending, approved or revoked."""
+        with self._database.session() as session:
+            return {row.name: row.state for row in session.execute(select(Site.name, Site.state))}
+
     def nodes(self) -> dict[str, int]:
         """Flower's node of each approved site, by name.
 
@@ -345,6 +350,7 @@ class Sites:
             skew_s=seen.skew_s,
             version=seen.version,
             paused=seen.state == "paused",
+            says=seen.state,
         )
 
 

@@ -347,7 +347,13 @@ def _runs(run: Run, plan: Plan) -> None:
     assert (started["state"], started["round"], started["rounds"]) == ("waiting", 0, 4)
     (listed,) = last(run("runs", "--json"))["runs"]
     assert (listed["run"], listed["plan_hash"]) == (started["run"], plan.hash)
-    assert last(run("stop", started["run"], "--json"))["state"] == "stopped"
+    while not listed["absent"]:  # until its thread asks for sites
+        time.sleep(0.1)
+        (listed,) = last(run("runs", "--json"))["runs"]
+    assert listed["absent"] == [{"site": f"bank {number}", "why": "offline"} for number in range(3)]
+    assert "without bank 0 (offline), bank 1 (offline), bank 2 (offline)" in ok(run("runs"))
+    stopped = last(run("stop", started["run"], "--json"))
+    assert (stopped["state"], stopped["absent"]) == ("stopped", [])
     assert ok(run("runs", "--last")) == f"{started['run']}\n"
     for words in (("watch", started["run"], "--json"), ("watch", "--json")):
         done = run(*words)

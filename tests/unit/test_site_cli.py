@@ -166,8 +166,17 @@ class Agent(accord_pb2_grpc.AgentServicer):
 
     def Status(self, request: Any, context: Any) -> Any:  # noqa: N802
         run = pb.SiteRun(run="r1", plan_hash=PLAN.hash, last_round=2, releases=2)
+        preparation = pb.PlanPreparation(plan_hash=PLAN.hash, state="embedding", done=1200, total=20000, left_s=150.0)
+        refusal = pb.PlanRefusal(plan_hash="f" * 64, reason="DataError: cases.csv: 7 of 17 rows fail", time_us=10**15)
         return pb.AgentStatus(
-            name=SITE, state=self.state, skew_s=0.5, certificate_expires_us=10**15, runs=[run], warnings=["w"]
+            name=SITE,
+            state=self.state,
+            skew_s=0.5,
+            certificate_expires_us=10**15,
+            runs=[run],
+            warnings=["w"],
+            preparations=[preparation],
+            refusals=[refusal],
         )
 
     def Pause(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -243,9 +252,16 @@ def test_status_pause_and_resume(run: Run, agent: Agent) -> None:
     told = facts(run("status", "--json"))
     assert (told["state"], told["runs"][0]["last_round"], told["warnings"]) == ("ready", 2, ["w"])
     assert told["certificate_expires"].startswith("2001-09-09")
-    assert "round 2, 2 releases" in ok(run("status"))
+    text = ok(run("status"))
+    assert "round 2, 2 releases" in text
+    assert f"{PLAN.hash[:12]}: embedding 1,200 of 20,000 records, 2 min left" in text
+    assert "ffffffffffff: DataError: cases.csv: 7 of 17 rows fail (since 2001-09-09" in text
+    assert told["preparations"][0]["left_s"] == 150.0
+    ok(run("status", "--wait", "--timeout", "5"))
     assert facts(run("pause", "--json"))["state"] == "paused"
     assert facts(run("status", "--json"))["state"] == "paused"
+    waited = run("status", "--wait", "--timeout", "0.2")
+    assert (waited.code, waited.err.startswith("accord: not ready within 0.2 s: paused")) == (3, True)
     assert "ready" in ok(run("resume"))
 
 
@@ -274,9 +290,66 @@ def test_an_agent_that_was_killed_is_not_running(run: Run, site: SiteFolder, tmp
     assert "no plan was offered yet" in ok(run("plan", "list"))
 
 
+def test_prepare_ahead(run: Run, site: SiteFolder, model_folder: Path) -> None:
+    from accord_client.models import digest
+
+    plan = plan_of({"model.digest": digest(model_folder)})
+    write_policy(site, models=[plan.model.digest])
+    write_data(site)
+    assert "no plan is approved" in ok(run("prepare"))
+    Path("plan.toml").write_text(plan.to_toml())
+    told = run("prepare", "plan.toml", "--json")
+    assert json.loads(told.out.splitlines()[-1])["plans"] == [{"plan_hash": plan.hash, "records": 20}]
+    assert "records embedded" in told.err
+    cached = sorted(path.name for path in site.cache.glob("*.npy"))
+    assert len(cached) == 2  # records, and names of labels
+    book = PlanBook(site.plans)
+    book.offer(plan, "a" * 64, None)
+    book.approve(plan.hash)
+    done = run("prepare")
+    assert "20 records are prepared" in done.out
+    assert sorted(path.name for path in site.cache.glob("*.npy")) == cached
+    write_data(site, 20, bad=9)
+    refused(run("prepare", plan.hash[:8]), "9 of 20 rows fail")
+
+
+def test_a_short_disk_refuses_before_it_begins(
+    run: Run, site: SiteFolder, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from accord_client import features
+    from accord_client.models import digest
+
+    plan = plan_of({"model.digest": digest(model_folder)})
+    write_policy(site, models=[plan.model.digest])
+    write_data(site)
+    Path("plan.toml").write_text(plan.to_toml())
+    usage = shutil.disk_usage("/")._replace(free=2**20)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage)
+    done = run("prepare", "plan.toml")
+    assert done.code == 2
+    assert "embeddings need 1.0 MiB of disk, and 1.0 MiB are free" in done.err
+    assert not list(site.cache.glob("*.npy"))
+
+
 def test_help_names_every_command(run: Run) -> None:
     text = ok(run("--help"))
-    for command in ["enrol", "roster", "plan", "policy", "model", "ledger", "up", "status", "pause", "resume", "check"]:
+    for command in [
+        "down",
+        "prepare",
+        "enrol",
+        "roster",
+        "plan",
+        "policy",
+        "model",
+        "ledger",
+        "up",
+        "status",
+        "pause",
+        "resume",
+        "check",
+    ]:
         assert f"\n  {command} " in text
 
 

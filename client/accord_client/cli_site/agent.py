@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,13 @@ import typer
 
 from accord_client.cli_site.options import CALL_S, DEFAULT_FOLDER, Folder, opened
 from accord_shared.cli_daemon import WAIT_S, Timeout, Wait, WaitUp, start_detached, stop_daemon, wait_ready
-from accord_shared.cli_output import Json, fields, moment, show
+from accord_shared.cli_output import Json, duration, fields, moment, show
 from accord_shared.errors import NotRunning, Refused
 
 if TYPE_CHECKING:
+    from accord_client.preparation import Progress
+    from accord_client.settings import SiteFolder
+    from accord_shared.plan import Plan
     from accord_shared.service.pb import accord_pb2 as pb
 
 _READY = ("ready", "training", "preparing")
@@ -23,7 +27,7 @@ _Offline = Annotated[bool, typer.Option("--offline", help="Do not contact the co
 
 def add_agent_commands(app: typer.Typer) -> None:
     """Add the commands to `accord site`."""
-    for command in (up, down, status, pause, resume, check):
+    for command in (up, down, status, pause, resume, check, prepare):
         app.command()(command)
 
 
@@ -87,7 +91,7 @@ def status(
     except NotRunning:
         facts = _stopped(folder)
     facts["plans_waiting"] = _waiting(folder)
-    show(facts, fields(facts | {"runs": [_run(run) for run in facts["runs"]]}), as_json)
+    show(facts, fields(facts | {key: [shown(one) for one in facts.get(key, [])] for key, shown in _LISTS}), as_json)
 
 
 def pause(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
@@ -142,12 +146,84 @@ def _facts(status: pb.AgentStatus) -> dict[str, Any]:
             {"run": run.run, "plan_hash": run.plan_hash, "last_round": run.last_round, "releases": run.releases}
             for run in status.runs
         ],
+        "preparations": [
+            {
+                "plan_hash": one.plan_hash,
+                "state": one.state,
+                "records": one.done,
+                "of": one.total,
+                "left_s": round(one.left_s, 1) if one.left_s >= 0 else None,
+                "problem": one.problem,
+            }
+            for one in status.preparations
+        ],
+        "refusals": [
+            {"plan_hash": one.plan_hash, "reason": one.reason, "time": moment(one.time_us)} for one in status.refusals
+        ],
         "process_id": status.process_id,
     }
 
 
 def _run(run: dict[str, Any]) -> str:
     return f"{run['run']}: round {run['last_round']}, {run['releases']} releases"
+
+
+def _preparation(one: dict[str, Any]) -> str:
+    left = "" if one["left_s"] is None else f", {duration(one['left_s'])} left"
+    counts = f" {one['records']:,} of {one['of']:,} records{left}" if one["of"] else ""
+    return f"{one['plan_hash'][:12]}: {one['state']}{counts}{': ' * bool(one['problem'])}{one['problem']}"
+
+
+def _refusal(one: dict[str, Any]) -> str:
+    return f"{one['plan_hash'][:12] or 'no plan'}: {one['reason']} (since {one['time']})"
+
+
+_LISTS = (("runs", _run), ("preparations", _preparation), ("refusals", _refusal))
+
+
+def prepare(
+    plan: Annotated[
+        str | None, typer.Argument(help="An offered plan's hash, or a plan as TOML (default: every approved plan).")
+    ] = None,
+    folder: Folder = DEFAULT_FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Read and embed the records of plans ahead of their runs; the agent goes on meanwhile, and finds them done."""
+    from accord_client.policy import Policy
+    from accord_client.preparation import Progress
+    from accord_client.preparation import prepare as make
+    from accord_client.settings import SiteSettings
+
+    site = opened(folder)
+    settings, policy = SiteSettings.read(site), Policy.read(site.policy)
+    runtime = settings.device.runtime()
+    told: list[dict[str, Any]] = []
+    for one in _plans(site, plan):
+        progress = Progress(one.hash, told=_Teller())
+        make(one, site, settings, policy, runtime, progress)
+        told.append({"plan_hash": one.hash, "records": progress.total})
+    lines = [f"{one['plan_hash'][:12]}: {one['records']:,} records are prepared" for one in told]
+    show({"plans": told}, lines or ["no plan is approved"], as_json)
+
+
+class _Teller:
+    """Progress on standard error, at most once in so many seconds."""
+
+    def __init__(self, every_s: float = 5.0) -> None:
+        self._every_s, self._next = every_s, 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._every_s
+            typer.echo(f"{progress.plan_hash[:12]}: {progress.line()}", err=True)
+
+
+def _plans(site: SiteFolder, wanted: str | None) -> list[Plan]:
+    from accord_client.plans import PlanBook, plan_named
+
+    if wanted is not None:
+        return [plan_named(site.plans, wanted)]
+    return [record.parsed for record in PlanBook(site.plans).records() if record.state == "approved"]
 
 
 def _waiting(path: Path) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +13,7 @@ from accord_shared.errors import PolicyRefused
 
 if TYPE_CHECKING:
     from accord_client.policy import Policy
-    from accord_client.settings import SiteFolder, SiteSettings
+    from accord_client.settings import SiteSettings
     from accord_shared.plan import Plan
 
 policy_app = typer.Typer(help="What this site allows: `policy.toml`.", no_args_is_help=True)
@@ -45,6 +43,7 @@ def check(
     """Check the policy itself, and compare a plan with it: exit code 2 if it is refused."""
     from accord_client.check import policy_problems
     from accord_client.enrolment import Enrolment
+    from accord_client.plans import plan_named
     from accord_client.policy import Policy
     from accord_client.settings import SiteSettings
 
@@ -52,7 +51,7 @@ def check(
     policy, settings = Policy.read(site.policy), SiteSettings.read(site)
     problems = policy_problems(policy, settings)
     coordinator = Enrolment.read(site).coordinator.fingerprint if plan is not None else ""
-    given = _plan(site, plan) if plan is not None else None
+    given = plan_named(site.plans, plan) if plan is not None else None
     found = list(policy.findings(given, signer or coordinator, coordinator)) if given is not None else []
     if given is not None and not problems and all(one.fits for one in found):
         problems += _data_problem(policy, settings, given)
@@ -79,12 +78,3 @@ def _data_problem(policy: Policy, settings: SiteSettings, plan: Plan) -> list[st
     except (PolicyRefused, DataError) as error:
         return [str(error)]
     return []
-
-
-def _plan(folder: SiteFolder, text: str) -> Plan:
-    from accord_client.plans import PlanBook
-    from accord_shared.plan import Plan, read_plan
-
-    if re.fullmatch(r"[0-9a-f]{8,64}", text):
-        return Plan.from_json(PlanBook(folder.plans).find(text).plan)
-    return read_plan(Path(text))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from accord_shared.service.pb import accord_pb2 as pb
 
 
+_SHOWN = 8
+"""Absent sites on one line."""
 _Run = Annotated[str, typer.Argument(metavar="RUN", help="The run, as `accord server runs` shows it.")]
 
 
@@ -184,15 +186,26 @@ def _facts(info: pb.RunInfo) -> dict[str, Any]:
         "started": moment(info.started_us),
         "changed": moment(info.changed_us),
         "metrics": json.loads(info.metrics or "{}"),
+        "absent": [{"site": one.site, "why": one.why} for one in info.absent],
     }
 
 
 def _line(facts: dict[str, Any]) -> str:
     metrics = " ".join(f"{key}={value}" for key, value in facts["metrics"].items())
-    words = (facts["run"], facts["state"], f"round {facts['round']} of {facts['rounds']}", facts["detail"], metrics)
+    without = _without(facts["absent"])
+    rounds = f"round {facts['round']} of {facts['rounds']}"
+    words = (facts["run"], facts["state"], rounds, facts["detail"], metrics, without)
     return "  ".join(word for word in words if word)
+
+
+def _without(absent: list[dict[str, str]]) -> str:
+    """Who does not take part now; of many, a few and their number."""
+    few = [f"{one['site']} ({one['why']})" for one in absent[:_SHOWN]]
+    more = [f"{len(absent) - _SHOWN} more"] if len(absent) > _SHOWN else []
+    return f"without {', '.join([*few, *more])}" if absent else ""
 
 
 def _shown(info: pb.RunInfo, as_json: bool) -> None:
     facts = _facts(info)
-    show(facts, fields(facts), as_json)
+    lines = fields(facts | {"absent": [f"{one['site']}: {one['why']}" for one in facts["absent"]]})
+    show(facts, lines, as_json)

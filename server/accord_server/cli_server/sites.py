@@ -126,7 +126,7 @@ def list_sites(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
     """All sites, and how they stand."""
     found = [_site(site) for site in _listed(folder)]
     lines = [
-        f"{site['name']:32} {site['state']:9} {_presence(site):8} certificate until "
+        f"{site['name']:32} {site['state']:9} {_presence(site):9} certificate until "
         f"{site['certificate_expires'] or '-'}  {site['fingerprint']}"
         for site in found
     ]
@@ -134,7 +134,7 @@ def list_sites(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
 
 
 def _presence(site: dict[str, Any]) -> str:
-    return "offline" if not site["online"] else "paused" if site["paused"] else "online"
+    return "offline" if not site["online"] else site["says"] or "online"
 
 
 @sites_app.command()
@@ -207,6 +207,7 @@ def _site(site: pb.SiteInfo) -> dict[str, Any]:
         "fingerprint": site.fingerprint,
         "online": site.online,
         "paused": site.paused,
+        "says": site.says,
         "enrolled": moment(site.enrolled_us),
         "seen": moment(site.seen_us),
         "certificate_expires": moment(site.certificate_expires_us),

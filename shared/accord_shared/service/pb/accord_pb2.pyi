@@ -189,7 +189,7 @@ class SiteName(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class SiteInfo(_message.Message):
-    __slots__ = ("name", "state", "fingerprint", "member", "enrolled_us", "seen_us", "certificate_expires_us", "online", "roster", "skew_s", "version", "paused")
+    __slots__ = ("name", "state", "fingerprint", "member", "enrolled_us", "seen_us", "certificate_expires_us", "online", "roster", "skew_s", "version", "paused", "says")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +202,7 @@ class SiteInfo(_message.Message):
     SKEW_S_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PAUSED_FIELD_NUMBER: _ClassVar[int]
+    SAYS_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     fingerprint: str
@@ -214,7 +215,8 @@ class SiteInfo(_message.Message):
     skew_s: float
     version: str
     paused: bool
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., fingerprint: _Optional[str] = ..., member: _Optional[str] = ..., enrolled_us: _Optional[int] = ..., seen_us: _Optional[int] = ..., certificate_expires_us: _Optional[int] = ..., online: _Optional[bool] = ..., roster: _Optional[str] = ..., skew_s: _Optional[float] = ..., version: _Optional[str] = ..., paused: _Optional[bool] = ...) -> None: ...
+    says: str
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., fingerprint: _Optional[str] = ..., member: _Optional[str] = ..., enrolled_us: _Optional[int] = ..., seen_us: _Optional[int] = ..., certificate_expires_us: _Optional[int] = ..., online: _Optional[bool] = ..., roster: _Optional[str] = ..., skew_s: _Optional[float] = ..., version: _Optional[str] = ..., paused: _Optional[bool] = ..., says: _Optional[str] = ...) -> None: ...
 
 class SiteList(_message.Message):
     __slots__ = ("sites",)
@@ -253,7 +255,7 @@ class RunName(_message.Message):
     def __init__(self, run: _Optional[str] = ...) -> None: ...
 
 class RunInfo(_message.Message):
-    __slots__ = ("run", "name", "plan_hash", "state", "round", "rounds", "detail", "started_us", "changed_us", "metrics")
+    __slots__ = ("run", "name", "plan_hash", "state", "round", "rounds", "detail", "started_us", "changed_us", "metrics", "absent")
     RUN_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     PLAN_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -264,6 +266,7 @@ class RunInfo(_message.Message):
     STARTED_US_FIELD_NUMBER: _ClassVar[int]
     CHANGED_US_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    ABSENT_FIELD_NUMBER: _ClassVar[int]
     run: str
     name: str
     plan_hash: str
@@ -274,7 +277,16 @@ class RunInfo(_message.Message):
     started_us: int
     changed_us: int
     metrics: str
-    def __init__(self, run: _Optional[str] = ..., name: _Optional[str] = ..., plan_hash: _Optional[str] = ..., state: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., detail: _Optional[str] = ..., started_us: _Optional[int] = ..., changed_us: _Optional[int] = ..., metrics: _Optional[str] = ...) -> None: ...
+    absent: _containers.RepeatedCompositeFieldContainer[AbsentSite]
+    def __init__(self, run: _Optional[str] = ..., name: _Optional[str] = ..., plan_hash: _Optional[str] = ..., state: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., detail: _Optional[str] = ..., started_us: _Optional[int] = ..., changed_us: _Optional[int] = ..., metrics: _Optional[str] = ..., absent: _Optional[_Iterable[_Union[AbsentSite, _Mapping]]] = ...) -> None: ...
+
+class AbsentSite(_message.Message):
+    __slots__ = ("site", "why")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    why: str
+    def __init__(self, site: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
 
 class RunList(_message.Message):
     __slots__ = ("runs",)
@@ -291,7 +303,7 @@ class RunEvent(_message.Message):
     def __init__(self, info: _Optional[_Union[RunInfo, _Mapping]] = ..., report: _Optional[str] = ...) -> None: ...
 
 class AgentStatus(_message.Message):
-    __slots__ = ("name", "state", "detail", "coordinator", "skew_s", "certificate_expires_us", "roster", "roster_offered", "warnings", "runs", "process_id")
+    __slots__ = ("name", "state", "detail", "coordinator", "skew_s", "certificate_expires_us", "roster", "roster_offered", "warnings", "runs", "process_id", "preparations", "refusals")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
@@ -303,6 +315,8 @@ class AgentStatus(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    PREPARATIONS_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     detail: str
@@ -314,7 +328,35 @@ class AgentStatus(_message.Message):
     warnings: _containers.RepeatedScalarFieldContainer[str]
     runs: _containers.RepeatedCompositeFieldContainer[SiteRun]
     process_id: int
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., coordinator: _Optional[str] = ..., skew_s: _Optional[float] = ..., certificate_expires_us: _Optional[int] = ..., roster: _Optional[str] = ..., roster_offered: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[_Union[SiteRun, _Mapping]]] = ..., process_id: _Optional[int] = ...) -> None: ...
+    preparations: _containers.RepeatedCompositeFieldContainer[PlanPreparation]
+    refusals: _containers.RepeatedCompositeFieldContainer[PlanRefusal]
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., coordinator: _Optional[str] = ..., skew_s: _Optional[float] = ..., certificate_expires_us: _Optional[int] = ..., roster: _Optional[str] = ..., roster_offered: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[_Union[SiteRun, _Mapping]]] = ..., process_id: _Optional[int] = ..., preparations: _Optional[_Iterable[_Union[PlanPreparation, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[PlanRefusal, _Mapping]]] = ...) -> None: ...
+
+class PlanPreparation(_message.Message):
+    __slots__ = ("plan_hash", "state", "done", "total", "left_s", "problem")
+    PLAN_HASH_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    plan_hash: str
+    state: str
+    done: int
+    total: int
+    left_s: float
+    problem: str
+    def __init__(self, plan_hash: _Optional[str] = ..., state: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., left_s: _Optional[float] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class PlanRefusal(_message.Message):
+    __slots__ = ("plan_hash", "reason", "time_us")
+    PLAN_HASH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TIME_US_FIELD_NUMBER: _ClassVar[int]
+    plan_hash: str
+    reason: str
+    time_us: int
+    def __init__(self, plan_hash: _Optional[str] = ..., reason: _Optional[str] = ..., time_us: _Optional[int] = ...) -> None: ...
 
 class SiteRun(_message.Message):
     __slots__ = ("run", "plan_hash", "last_round", "releases")
