@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from accord_client.cli_site.options import CALL_S, DEFAULT_FOLDER, Folder, opened
+from accord_shared.cli_daemon import WAIT_S, Timeout, wait_ready
 from accord_shared.cli_output import Json, fields, moment, show
 from accord_shared.errors import AccordError, NotRunning
 
@@ -23,10 +24,20 @@ Hash = Annotated[str, typer.Argument(metavar="HASH", help="A plan hash, or at le
 
 
 @plan_app.command("list")
-def list_plans(folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
+def list_plans(
+    wait: Annotated[bool, typer.Option("--wait", help="Return when a plan waits for this site's operator.")] = False,
+    timeout: Timeout = WAIT_S,
+    folder: Folder = DEFAULT_FOLDER,
+    as_json: Json = False,
+) -> None:
     """All plans that were ever offered, the newest last."""
+    from accord_client.plans import PlanBook
     from accord_shared.service.pb import accord_pb2 as pb
 
+    if wait:
+        book = PlanBook(opened(folder).plans)
+        waiting = "no plan waits for this site's operator"
+        wait_ready(lambda: "" if any(one.state == "waiting" for one in book.records()) else waiting, timeout)
     plans = _either(
         folder,
         lambda agent: list(agent.ListPlans(pb.Empty(), timeout=CALL_S).plans),
