@@ -7,6 +7,7 @@ certificate, roster, models), and a local socket serves the operator. It only co
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -24,10 +25,12 @@ from flwr.app import RecordDict
 
 from accord_client.app import answered
 from accord_client.coordinator import CoordinatorClient, check_skew, new_boot
+from accord_client.costs import cost_facts
 from accord_client.enrolment import Enrolment
 from accord_client.fleet import FleetConnection, Incoming
 from accord_client.gate import Gate, stamp
 from accord_client.keystore import Keys, expiry_warning
+from accord_client.plans import PlanRecord
 from accord_client.preparation import Preparer
 from accord_client.refusals import Causes, Refusals
 from accord_client.rosters import RosterBook
@@ -449,7 +452,20 @@ class Agent:
         """
         record = self._gate.book.approve(plan_hash)
         self._preparer.start(record.parsed)
-        return record.info()
+        return self._costed(record)
+
+    def plan(self, plan_hash: str) -> pb.PlanInfo:
+        """A plan that was offered, and what it costs.
+
+        Raises:
+            BadInput: as `PlanBook.find`.
+        """
+        return self._costed(self._gate.book.find(plan_hash))
+
+    def _costed(self, record: PlanRecord) -> pb.PlanInfo:
+        info = record.info()
+        info.cost = json.dumps(cost_facts(self._folder, record.parsed))
+        return info
 
     @property
     def gate(self) -> Gate:
@@ -488,7 +504,7 @@ class AgentService(services.AgentServicer):
 
     def ShowPlan(self, request: pb.PlanHash, context: grpc.ServicerContext) -> pb.PlanInfo:  # noqa: N802
         """One of them."""
-        return self._agent.gate.book.find(request.hash).info()
+        return self._agent.plan(request.hash)
 
     def ApprovePlan(self, request: pb.PlanHash, context: grpc.ServicerContext) -> pb.PlanInfo:  # noqa: N802
         """Let one begin."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from accord_client.ledger.balance import Balance
 from accord_client.ledger.chain import Chain
-from accord_client.ledger.entries import Spent
+from accord_client.ledger.entries import Limits, Spent
 from accord_client.ledger.ledger import Ledger
 from accord_client.ledger.limits import epsilon_of
 from accord_client.policy import Policy
@@ -15,7 +15,7 @@ from accord_client.settings import SiteFolder
 from accord_shared.dp.accounting import noise_multiplier, round_event
 from accord_shared.dp.events import Event
 from accord_shared.dp.sharing import NoiseShares
-from accord_shared.errors import PolicyRefused
+from accord_shared.errors import AccordError, PolicyRefused, printable
 from accord_shared.plan import Plan
 
 
@@ -26,24 +26,10 @@ class Change(NamedTuple):
     after: float
     most: float | None
 
-    @property
-    def fits(self) -> bool:
-        """Whether the plan keeps within the limit."""
-        return self.most is None or self.after <= self.most
-
-    def line(self) -> str:
-        """`3.2 → 4.6 of 8`."""
-        allowed = "(no limit)" if self.most is None else f"of {self.most:g}"
-        return f"{_number(self.spent)} → {_number(self.after)} {allowed}{'' if self.fits else ': more than allowed'}"
-
     def facts(self) -> dict[str, Any]:
-        """The same for a program; null where there is no bound."""
+        """For a program; null where there is no bound."""
         spent, after = (value if math.isfinite(value) else None for value in (self.spent, self.after))
-        return {"spent": spent, "after": after, "most": self.most, "fits": self.fits}
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "no bound"
+        return {"spent": spent, "after": after, "most": self.most, "fits": self.most is None or self.after <= self.most}
 
 
 class PlanCost(NamedTuple):
@@ -76,10 +62,24 @@ def plan_cost(folder: SiteFolder, plan: Plan) -> PlanCost:
     before = balance.spent(name) + balance.reserved_by_others(name, plan.hash)
     after = before + Spent.of(_event(plan), left)
     public, colluding = (
-        Change(*(epsilon_of(one, limits.delta, limits.accountant, colluding=all_) for one in (before, after)), most)
+        Change(_epsilon(before, limits, all_), _epsilon(after, limits, all_), most)
         for all_, most in ((False, limits.epsilon), (True, limits.epsilon_all_collude))
     )
     return PlanCost(name, limits.delta, public, colluding)
+
+
+def _epsilon(spent: Spent, limits: Limits, colluding: bool) -> float:
+    return epsilon_of(spent, limits.delta, limits.accountant, colluding=colluding)
+
+
+def cost_facts(folder: SiteFolder, plan: Plan) -> dict[str, Any]:
+    """The cost for a program, or the `problem` why it cannot be said here."""
+    try:
+        cost = plan_cost(folder, plan)
+    except AccordError as error:
+        return {"problem": printable(str(error))}
+    changes = {"epsilon": cost.epsilon, "epsilon_all_collude": cost.epsilon_all_collude}
+    return {"dataset": cost.dataset, "delta": cost.delta} | {key: change.facts() for key, change in changes.items()}
 
 
 def _event(plan: Plan) -> Event | None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import tomli_w
 
-from accord_client.costs import Change, plan_cost
+from accord_client.cli_site.plan import cost_lines
+from accord_client.costs import Change, cost_facts, plan_cost
 from accord_client.ledger.entries import DataSet, Limits
 from accord_client.policy import Policy
 from accord_client.settings import SiteFolder
@@ -87,14 +88,21 @@ def test_what_a_plan_has_spent_itself_is_not_counted_twice(tmp_path: Path) -> No
     assert begun.epsilon.after == pytest.approx(fresh.epsilon.after)
 
 
-def test_lines_for_people_and_for_programs() -> None:
-    assert Change(3.21, 4.6, 8.0).line() == "3.21 → 4.6 of 8"
-    assert Change(3.21, 8.6, 8.0).line() == "3.21 → 8.6 of 8: more than allowed"
-    assert Change(0, 1.0, None).line() == "0 → 1 (no limit)"
-    assert Change(1.0, float("inf"), 8.0).line() == "1 → no bound of 8: more than allowed"
-    assert json.dumps(Change(1.0, float("inf"), 8.0).facts()) == (
-        '{"spent": 1.0, "after": null, "most": 8.0, "fits": false}'
-    )
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (Change(3.21, 4.6, 8.0), "3.21 → 4.6 of 8"),
+        (Change(3.21, 8.6, 8.0), "3.21 → 8.6 of 8: more than allowed"),
+        (Change(0, 1.0, None), "0 → 1 (no limit)"),
+        (Change(1.0, float("inf"), 8.0), "1 → no bound of 8: more than allowed"),
+    ],
+)
+def test_lines_for_people(change: Change, line: str) -> None:
+    one = json.loads(json.dumps(change.facts()))
+    lines = cost_lines({"dataset": "cases", "delta": 1e-6, "epsilon": one, "epsilon_all_collude": one})
+    assert lines[0].split(maxsplit=2)[2] == "cases, delta 1e-06"
+    assert lines[1].partition(" ")[2].strip() == line
+    assert lines[2].endswith(line)
 
 
 def test_where_it_cannot_be_said(tmp_path: Path) -> None:
@@ -104,3 +112,6 @@ def test_where_it_cannot_be_said(tmp_path: Path) -> None:
     folder.policy.write_text("version = 1\n")
     with pytest.raises(PolicyRefused):
         plan_cost(folder, plan_of())
+    assert cost_lines(cost_facts(folder, plan_of()))[0].endswith(
+        "not known: dataset: none of this site's may be trained on"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -155,7 +156,15 @@ def test_approval_begins_the_preparation(
     assert reply.kind == "PlanNotApproved"
     assert agent._says() == "waiting"
     assert not agent.status().preparations
-    assert agent.approve(plan.hash).state == "approved"
+    info = agent.approve(plan.hash)
+    assert info.state == "approved"
+    assert json.loads(info.cost)["epsilon"] == {
+        "spent": 0.0,
+        "after": pytest.approx(8.0, rel=0.01),
+        "most": 8.0,
+        "fits": True,
+    }
+    assert agent.plan(plan.hash[:8]) == info
     (shown,) = agent.status().preparations
     assert shown.plan_hash == plan.hash
     assert not agent.status().refusals  # the word was given: nothing stale is shown

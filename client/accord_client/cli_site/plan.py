@@ -12,11 +12,10 @@ import typer
 from accord_client.cli_site.options import CALL_S, DEFAULT_FOLDER, Folder, opened
 from accord_shared.cli_daemon import WAIT_S, Timeout, wait_ready
 from accord_shared.cli_output import Json, fields, moment, show
-from accord_shared.errors import AccordError, NotRunning
+from accord_shared.errors import NotRunning
 
 if TYPE_CHECKING:
     from accord_client.plans import PlanBook
-    from accord_shared.plan import Plan
     from accord_shared.service.pb import accord_pb2 as pb
 
 plan_app = typer.Typer(help="Plans that were offered: what they ask for, and whether they may begin.")
@@ -59,16 +58,14 @@ def show_plan(plan: Hash, folder: Folder = DEFAULT_FOLDER, as_json: Json = False
         lambda agent: agent.ShowPlan(pb.PlanHash(hash=plan), timeout=CALL_S),
         lambda book: book.find(plan).info(),
     )
-    parsed = Plan.from_json(found.plan)
-    cost, lines = _cost(folder, parsed)
-    facts = {**_facts(found), **cost, "plan": json.loads(found.plan)}
-    show(facts, [*fields(_facts(found)), *lines, "", parsed.to_toml()], as_json)
+    cost = _cost(folder, found)
+    facts = {**_facts(found), "cost": cost, "plan": json.loads(found.plan)}
+    show(facts, [*fields(_facts(found)), *cost_lines(cost), "", Plan.from_json(found.plan).to_toml()], as_json)
 
 
 @plan_app.command()
 def approve(plan: Hash, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) -> None:
     """Let this site work on a plan that is within its policy. What it costs, of what is left, is shown."""
-    from accord_shared.plan import Plan
     from accord_shared.service.pb import accord_pb2 as pb
 
     found = _either(
@@ -76,23 +73,34 @@ def approve(plan: Hash, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) 
         lambda agent: agent.ApprovePlan(pb.PlanHash(hash=plan), timeout=CALL_S),
         lambda book: book.approve(plan).info(),
     )
-    cost, lines = _cost(folder, Plan.from_json(found.plan))
-    show({**_facts(found), **cost}, [*lines, f"plan {found.hash}: {found.state}"], as_json)
+    cost = _cost(folder, found)
+    show({**_facts(found), "cost": cost}, [*cost_lines(cost), f"plan {found.hash}: {found.state}"], as_json)
 
 
-def _cost(path: Path, plan: Plan) -> tuple[dict[str, Any], list[str]]:
-    """Both ε before and after the plan; why not, where that cannot be said here."""
-    from accord_client.costs import plan_cost
+def _cost(path: Path, found: pb.PlanInfo) -> dict[str, Any]:
+    """What the agent says that the plan costs; without an agent this process looks itself."""
+    from accord_shared.plan import Plan
 
-    try:
-        cost = plan_cost(opened(path), plan)
-    except AccordError as error:
-        return {"cost": None}, fields({"cost": f"not known: {error}"})
-    shown = {"dataset": cost.dataset, "delta": cost.delta}
-    each = {"epsilon": cost.epsilon, "epsilon_all_collude": cost.epsilon_all_collude}
-    facts = {**shown, **{key: change.facts() for key, change in each.items()}}
-    lines = fields({"data_set": f"{cost.dataset}, delta {cost.delta:g}"} | {k: c.line() for k, c in each.items()})
-    return {"cost": facts}, lines
+    if found.cost:
+        given: dict[str, Any] = json.loads(found.cost)
+        return given
+    from accord_client.costs import cost_facts
+
+    return cost_facts(opened(path), Plan.from_json(found.plan))
+
+
+def cost_lines(cost: dict[str, Any]) -> list[str]:
+    """`3.2 → 4.6 of 8`, for both ε."""
+    if "problem" in cost:
+        return fields({"cost": f"not known: {cost['problem']}"})
+    shown = {"data_set": f"{cost['dataset']}, delta {cost['delta']:g}"}
+    return fields(shown | {key: _change(cost[key]) for key in ("epsilon", "epsilon_all_collude")})
+
+
+def _change(one: dict[str, Any]) -> str:
+    spent, after = ("no bound" if one[key] is None else f"{one[key]:.3g}" for key in ("spent", "after"))
+    most = "(no limit)" if one["most"] is None else f"of {one['most']:g}"
+    return f"{spent} → {after} {most}{'' if one['fits'] else ': more than allowed'}"
 
 
 def _either(path: Path, by_agent: Callable[[Any], Any], by_book: Callable[[PlanBook], Any]) -> Any:

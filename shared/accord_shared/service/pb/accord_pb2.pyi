@@ -377,20 +377,22 @@ class PlanHash(_message.Message):
     def __init__(self, hash: _Optional[str] = ...) -> None: ...
 
 class PlanInfo(_message.Message):
-    __slots__ = ("hash", "plan", "state", "detail", "seen_us", "signer")
+    __slots__ = ("hash", "plan", "state", "detail", "seen_us", "signer", "cost")
     HASH_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     SEEN_US_FIELD_NUMBER: _ClassVar[int]
     SIGNER_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
     hash: str
     plan: str
     state: str
     detail: str
     seen_us: int
     signer: str
-    def __init__(self, hash: _Optional[str] = ..., plan: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., seen_us: _Optional[int] = ..., signer: _Optional[str] = ...) -> None: ...
+    cost: str
+    def __init__(self, hash: _Optional[str] = ..., plan: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., seen_us: _Optional[int] = ..., signer: _Optional[str] = ..., cost: _Optional[str] = ...) -> None: ...
 
 class PlanList(_message.Message):
     __slots__ = ("plans",)
