@@ -35,7 +35,8 @@ def test_every_block_has_its_place() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_readme_is_followed_literally(tmp_path: Path) -> None:
+def test_the_readme_is_followed_literally(tmp_path_factory: pytest.TempPathFactory) -> None:
+    tmp_path = tmp_path_factory.mktemp("r")  # a path that a socket's name has room in
     copy = tmp_path / "accord"
     ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", ".mypy_cache", ".ruff_cache")
     shutil.copytree(ROOT, copy, ignore=ignored)
