@@ -420,8 +420,16 @@ def _revocation(run: Run, banks: list[Bank]) -> None:
     ok(run("authority", "retire", "--force"))
 
 
-def test_up_returns_when_it_is_ready_and_down_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
-    folder = tmp_path / "accord-server"
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder of a short name, which is the present one."""
+    with tempfile.TemporaryDirectory(prefix="ac-", dir="/tmp") as made:
+        monkeypatch.chdir(made)
+        yield Path(made)
+
+
+def test_up_returns_when_it_is_ready_and_down_leaves_nothing_behind(run: Run, short: Path) -> None:
+    folder = short / "accord-server"
     ok(run("init", "--federation", "Nord"))
     configure(folder)
     late = run("status", "--wait", "--timeout", "0.3")
