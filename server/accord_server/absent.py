@@ -41,8 +41,8 @@ def absent(
     """Those of the `wanted` that cannot be asked, with the first reason that keeps each.
 
     `joined` are in the run, `failed` those of them that did not come back yet, `refusals` the kinds of typed errors by
-    which others answered. What a site says of itself is never shown: a refusal that may depend on records is told at the
-    site alone.
+    which others answered. What a site says of itself is never shown: a refusal that may depend on records is told at
+    the site alone.
     """
     states = sites.states()
     for name in wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -33,8 +34,11 @@ class Town:
 
 
 def told(
-    town: Town, joined: set[str] = set(ALL), failed: set[str] = set(), refusals: dict[str, str] | None = None
-) -> dict[str, str]:  # noqa: B006
+    town: Town,
+    joined: Collection[str] = ALL,
+    failed: Collection[str] = (),
+    refusals: dict[str, str] | None = None,
+) -> dict[str, str]:
     found = absent(
         ALL, town, joined=joined, failed=failed, refusals=refusals or {}, roster=ROSTER, most_skew_s=60.0, now=NOW
     )
