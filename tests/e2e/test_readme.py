@@ -34,7 +34,7 @@ def test_every_block_has_its_place() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2700)
 def test_the_readme_is_followed_literally(tmp_path_factory: pytest.TempPathFactory) -> None:
     tmp_path = tmp_path_factory.mktemp("r")  # a path that a socket's name has room in
     copy = tmp_path / "accord"
@@ -54,7 +54,7 @@ def test_the_readme_is_followed_literally(tmp_path_factory: pytest.TempPathFacto
                 cwd=copy,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                timeout=1400,
+                timeout=2600,
                 check=False,
                 env={
                     "PATH": f"{Path(sys.executable).parents[0]}:/usr/local/bin:/usr/bin:/bin",
