@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from accord_client.ledger.balance import Balance
@@ -60,7 +61,7 @@ def plan_cost(folder: SiteFolder, plan: Plan) -> PlanCost:
     name = policy.dataset
     left = max(0, plan.releases - balance.plan(plan.hash).rounds)
     before = balance.spent(name) + balance.reserved_by_others(name, plan.hash)
-    after = before + Spent.of(_event(plan), left)
+    after = before + Spent.of(release_event(plan, lambda: _parameters(plan)), left)
     public, colluding = (
         Change(_epsilon(before, limits, all_), _epsilon(after, limits, all_), most)
         for all_, most in ((False, limits.epsilon), (True, limits.epsilon_all_collude))
@@ -82,12 +83,15 @@ def cost_facts(folder: SiteFolder, plan: Plan) -> dict[str, Any]:
     return {"dataset": cost.dataset, "delta": cost.delta} | {key: change.facts() for key, change in changes.items()}
 
 
-def _event(plan: Plan) -> Event | None:
-    """What each release costs."""
+def _parameters(plan: Plan) -> int:
     from accord_client.facts import trainable_parameters
 
+    return trainable_parameters(plan)
+
+
+def release_event(plan: Plan, parameters: Callable[[], int]) -> Event | None:
+    """What each release of a plan costs; `parameters` counts the trainable ones, where the cost depends on them."""
     z, own = noise_multiplier(plan), None
     if plan.shared_noise:
-        dimension = trainable_parameters(plan) + plan.extra_coordinates
-        own = NoiseShares.of(plan, dimension, z).own_multiplier
+        own = NoiseShares.of(plan, parameters() + plan.extra_coordinates, z).own_multiplier
     return round_event(plan, z, own)

@@ -136,9 +136,17 @@ def open_workspace(plan: Plan, folder: SiteFolder, runtime: Runtime) -> Workspac
 
 
 def prepare(
-    plan: Plan, folder: SiteFolder, settings: SiteSettings, policy: Policy, runtime: Runtime, progress: Progress
+    plan: Plan,
+    folder: SiteFolder,
+    settings: SiteSettings,
+    policy: Policy,
+    runtime: Runtime,
+    progress: Progress,
+    check: Callable[[Workspace], None] = lambda _: None,
 ) -> tuple[Workspace, Examples]:
     """Read and embed all that a plan trains on; one process at a time, so that none does what another one does.
+
+    `check` may refuse before anything is read.
 
     Raises:
         AccordError: data or model cannot be used, or the disk is too small for the embeddings (before they are made).
@@ -151,6 +159,7 @@ def prepare(
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         workspace = open_workspace(plan, folder, runtime)
+        check(workspace)
         examples = read_records(plan, folder, settings, policy)
         progress.expect(len(examples))
         workspace.prepare(examples, progress.add)

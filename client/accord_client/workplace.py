@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
+from accord_client.costs import release_event
 from accord_client.data import Examples
 from accord_client.members import LocalMembers
 from accord_client.policy import Policy
@@ -108,7 +109,13 @@ class Workplace:
             AccordError: as `preparation.prepare`.
         """
         policy = self._policy_of()
-        made, records = prepare(plan, self._folder, self._settings, policy, self._device(), progress)
+
+        def within_limits(workspace: Workspace) -> None:
+            """A plan that the budget does not bear is refused before hours are spent on its records."""
+            event = release_event(plan, lambda: workspace.model.layout.dimension)
+            self._store(policy).check_plan(plan.hash, event, plan.releases, dataset=str(policy.dataset))
+
+        made, records = prepare(plan, self._folder, self._settings, policy, self._device(), progress, within_limits)
         self._kept(self._examples, _records_of(plan, policy), lambda: records)
         self._kept(self._workspaces, plan.hash, lambda: made)
 

@@ -22,7 +22,9 @@ from accord_client.keystore import Keys
 from accord_client.ledger.ledger import Ledger
 from accord_client.models import digest
 from accord_client.settings import SiteFolder
+from accord_client.store import SiteStore
 from accord_shared import PROTOCOL_VERSION
+from accord_shared.dp.accounting import noise_multiplier, round_event
 from accord_shared.errors import AccordError, DataError
 from accord_shared.messages import Enquiry, Joined, Message, Refusal, TrainReply, TrainRequest
 from accord_shared.plan import Plan
@@ -102,6 +104,13 @@ def joined(agent: Agent, plan: Plan, within_s: float = 60.0) -> Joined:
         time.sleep(0.05)
 
 
+def settled(agent: Agent, plan: Plan) -> Message:
+    """The answer once nothing is prepared any more."""
+    while isinstance(reply := asked(agent, enquiry(plan)), Refusal) and reply.kind == "SitePreparing":
+        time.sleep(0.05)
+    return reply
+
+
 def first_round(agent: Agent, plan: Plan) -> Message:
     weights = np.zeros(3 * 384, dtype=np.float32)
     return asked(agent, TrainRequest(PROTOCOL_VERSION, "run", plan.hash, 1, 1, weights))
@@ -175,10 +184,7 @@ def test_a_refusal_is_told_in_full_at_the_site_alone_and_goes_with_its_cause(
     agent: Agent, folder: SiteFolder, plan: Plan
 ) -> None:
     write_records(folder, 10, bad=7)
-    reply = asked(agent, enquiry(plan))
-    while isinstance(reply, Refusal) and reply.kind == "SitePreparing":
-        time.sleep(0.05)
-        reply = asked(agent, enquiry(plan))
+    reply = settled(agent, plan)
     assert isinstance(reply, Refusal)
     assert "7" not in reply.reason
     (refusal,) = agent.status().refusals
@@ -260,13 +266,30 @@ def test_a_short_disk_is_said_before_anything_is_computed(
     usage = shutil.disk_usage("/")._replace(free=10_000)
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage)
     slow = Slow(monkeypatch)
-    reply = asked(agent, enquiry(plan))
+    reply = settled(agent, plan)
     assert isinstance(reply, Refusal)
     assert reply.kind == "OutputError"
     assert slow.calls == 0
     (refusal,) = agent.status().refusals
     assert "embeddings need" in refusal.reason
     assert "are free" in refusal.reason
+
+
+def test_a_budget_that_does_not_suffice_is_said_before_anything_is_embedded(
+    agent: Agent, folder: SiteFolder, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = plan.revised({"run.name": "earlier"})
+    datasets = _policy(folder).datasets()
+    SiteStore(folder.path, datasets=datasets).release(
+        earlier.hash, 1, "m", None, round_event(earlier, noise_multiplier(earlier)), dataset="cases"
+    )
+    slow = Slow(monkeypatch)
+    slow.go.set()
+    reply = settled(agent, plan)
+    assert isinstance(reply, Refusal)
+    assert reply.kind == "LimitReached"
+    assert slow.calls <= 1  # the names of the labels
+    assert "would exceed the limit of 8" in agent.status().refusals[0].reason
 
 
 def test_progress_counts_every_record_once(plan: Plan, folder: SiteFolder, cache: Path) -> None:
