@@ -365,6 +365,11 @@ class Agent:
             refusal = self._refusals.note(plan_hash, error)
             log.warning("refused: %s", refusal.reason, extra={"plan": plan_hash})
             raise
+        except Exception as error:  # a fault of this program: what it says may quote records, and goes nowhere
+            self._refusals.note(
+                plan_hash, AccordError(f"{type(error).__name__}, an internal error: see the agent's log")
+            )
+            raise
         if self._gate.begins_work(message):
             self._refusals.clear(plan_hash)
         return reply

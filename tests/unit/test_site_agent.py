@@ -292,6 +292,20 @@ def test_a_budget_that_does_not_suffice_is_said_before_anything_is_embedded(
     assert "would exceed the limit of 8" in agent.status().refusals[0].reason
 
 
+def test_a_fault_of_the_program_is_told_too(agent: Agent, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Message) -> Message:
+        raise ValueError("a record's text")
+
+    joined(agent, plan)
+    monkeypatch.setattr(agent._workplace.site, "answer", broken)
+    reply = first_round(agent, plan)
+    assert isinstance(reply, Refusal)
+    assert reply.kind == "AccordError"
+    (refusal,) = agent.status().refusals
+    assert "ValueError, an internal error" in refusal.reason
+    assert "record" not in refusal.reason
+
+
 def test_progress_counts_every_record_once(plan: Plan, folder: SiteFolder, cache: Path) -> None:
     """Also where each text is read in several prompts, and some records are held back."""
     from accord_client.settings import SiteSettings
