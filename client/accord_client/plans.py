@@ -72,8 +72,9 @@ def _asks(plan: Plan) -> str:
     privacy, cohort = plan.privacy, plan.cohort
     spends = "no differential privacy" if privacy.epsilon is None else f"epsilon {privacy.epsilon:g}, {privacy.delta:g}"
     return (
-        f"{spends}; noise {privacy.noise}, at most {plan.releases} releases; secure aggregation "
-        f"{plan.secure_aggregation.mode}, {cohort.minimum} of {cohort.size} sites, {cohort.colluders} colluders"
+        f"{spends}; unit {plan.privacy_unit}; noise {privacy.noise}, at most {plan.releases} releases; "
+        f"secure aggregation {plan.secure_aggregation.mode}, {cohort.minimum} of {cohort.size} sites, "
+        f"{cohort.colluders} colluders"
     )
 
 

@@ -124,7 +124,15 @@ def read_records(plan: Plan, folder: SiteFolder, settings: SiteSettings, policy:
     """
     spec, dataset = policy.spec(settings.data), str(policy.dataset)
     loaded = load(spec, plan, folder.quarantine / f"{dataset}.csv", folder=folder.path)
-    facts = {"dataset": dataset, "rows": loaded.rows, "rejected": loaded.rejected, "digest": loaded.digest}
+    counts = loaded.counts
+    facts = {
+        "dataset": dataset,
+        "rows": counts.rows,
+        "accepted": counts.accepted,
+        "rejected": counts.left_out,
+        "empty_lines": counts.empty_lines,
+        "digest": loaded.digest,
+    }
     log.log(logging.WARNING if loaded.rejected else logging.INFO, "the data set is read", extra=facts)
     return loaded.examples
 

@@ -19,7 +19,7 @@ from accord_client.ledger.entries import DataSet, Released, Reserved, made
 from accord_client.ledger.ledger import Ledger
 from accord_shared.dp.events import Event
 from accord_shared.errors import PrivacyError
-from accord_shared.files import make_folder, write_atomic
+from accord_shared.files import make_private, open_private, write_atomic
 from accord_shared.receipts import Receipt, Seen
 from accord_shared.vectors import Vector
 
@@ -41,15 +41,15 @@ class SiteStore:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """One holder at a time, over threads and processes; the system frees it when a holder dies."""
-        make_folder(self._folder)
-        with (self._folder / "lock").open("wb") as file:
+        make_private(self._folder)
+        with open_private(self._folder / "lock", "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def keep_plan(self, plan_hash: str, plan_json: str) -> None:
         """Remember the plan that was joined."""
-        make_folder(self._folder)
-        write_atomic(self._folder / f"plan-{plan_hash}.plan", plan_json.encode())
+        make_private(self._folder)
+        write_atomic(self._folder / f"plan-{plan_hash}.plan", plan_json.encode(), mode=0o600)
 
     def plan_json(self, plan_hash: str) -> str | None:
         """The plan that was joined under this hash."""
@@ -133,7 +133,7 @@ class SiteStore:
 
     def keep_receipt(self, receipt: Receipt) -> None:
         """A receipt that a witness showed, for `accord site ledger recover`: in the folder as receipt-NUMBER.json."""
-        make_folder(self._folder)
+        make_private(self._folder)
         write_atomic(self._folder / f"receipt-{receipt.seq}.json", receipt.to_json().encode(), mode=0o600)
 
     def note_attempt(self, plan_hash: str, attempt: int) -> None:

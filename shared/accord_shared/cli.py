@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -171,20 +173,58 @@ def _load(entry: EntryPoint) -> Any:
 def fail(error: BaseException) -> int:
     """Print one line on standard error; the exit code."""
     if isinstance(error, AccordError):
-        sys.stderr.write(f"accord: {printable(str(error))}\n")
+        _say(printable(str(error)))
         return error.exit_code
     if isinstance(error, OSError):
-        sys.stderr.write(f"accord: {error.filename or 'system'}: {error.strerror or error}\n")
+        _say(printable(f"{error.filename or 'system'}: {error.strerror or error}"))
         return 2
+    _say("interrupted")
     return Interrupted.exit_code
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody is left to read it
+        sys.stderr.write(f"accord: {text}\n")
+        sys.stderr.flush()
 
 
 def main() -> None:
     """Entry point of the `accord` command."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that has no ε gets it escaped
+            stream.reconfigure(errors="backslashreplace")
+    stdout = sys.stdout
+    sys.exit(_written(_run(), stdout))
+
+
+def _run() -> int:
+    """Run the command; its exit code."""
     try:
         for entry in sorted(entry_points(group="accord.commands"), key=lambda entry: entry.name):
             _load(entry)(app)
         app(standalone_mode=True)
     except (AccordError, OSError, KeyboardInterrupt) as error:
-        sys.exit(fail(error))
+        return fail(error)
+    except SystemExit as end:
+        if end.code == Interrupted.exit_code:
+            return fail(KeyboardInterrupt())
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    return 0
+
+
+def _written(code: int, stdout: TextIO | None) -> int:
+    """The exit code, once all that was printed has arrived: else nothing may pass for a success."""
+    if stdout is None:
+        return code
+    reason = None if sys.stdout is stdout else "closed before all was printed"  # click replaces what is broken
+    try:
+        stdout.flush()
+    except OSError as error:
+        reason = reason or error.strerror
+    if reason is None:
+        return code
+    with suppress(OSError, ValueError, AttributeError):  # lest the interpreter try again, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+    _say(f"standard output: {reason}")
+    return code if code > 1 else 2

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from accord_shared.errors import AlreadyRunning, OutputError
 
@@ -60,6 +61,7 @@ def only_one(path: Path, what: str) -> Iterator[None]:
     with path.open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.stat()  # a holder that removes the file leaves a lock on nothing
         except OSError:
             raise AlreadyRunning(f"{what} is running already") from None
         yield
@@ -75,6 +77,28 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create {path}: {error.strerror}") from error
+
+
+def make_private(path: Path) -> Path:
+    """Create `path`, open to nobody but its owner; parents that are missing, too. Its path again.
+
+    Raises:
+        OutputError: it cannot be created, or is somebody else's.
+    """
+    try:
+        for parent in reversed([folder for folder in path.parents if not folder.exists()]):
+            parent.mkdir(mode=0o700, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        raise OutputError(f"cannot create {path}: {error.strerror}") from error
+    return path
+
+
+def open_private(path: Path, mode: str) -> IO[Any]:
+    """Open a file; if it is made, then for its owner's eyes alone, whatever the process' umask is."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600))  # Path has no opener
 
 
 def sha256_file(path: Path) -> str:

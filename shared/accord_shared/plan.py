@@ -40,7 +40,7 @@ def label_text(label: str) -> str:
 class Table(BaseModel):
     """A frozen table of a plan: unknown keys are errors, strings are not coerced to numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RunSpec(Table):
@@ -303,6 +303,11 @@ class Plan(Table):
         return self.run.rounds_per_site or self.run.rounds
 
     @property
+    def privacy_unit(self) -> str:
+        """What ε protects: "row", "column:NAME" (all rows of a site that share a cell), or "participant"."""
+        return "participant" if self.privacy.noise == "participant" else self.task.unit
+
+    @property
     def shared_noise(self) -> bool:
         """Whether sites add shares of one noise: what leaves a site is protected by the secure sum alone."""
         return self.privacy.noise in ("cohort", "participant")
@@ -458,7 +463,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         PlanError: it is missing or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     except tomllib.TOMLDecodeError as error:

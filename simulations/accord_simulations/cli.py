@@ -10,7 +10,8 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,26 +82,32 @@ def simulate(
     from accord_simulations.compare import parse_comparisons
     from accord_simulations.run import Options
     from accord_simulations.run import simulate as run
-    from accord_simulations.scenario import split_changes
+    from accord_simulations.scenario import foresee, split_changes
 
     table, plan_changes = split_changes(scenario, changes)
-    target = out or Path("runs") / f"{table.scenario.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    plan = foresee(table, plan_changes)[1]  # refused before a folder is made
     settings = Options(
-        out=target, data=data, resume=resume, compare=parse_comparisons(compare), ray_address=ray_address
+        out=Path(), data=data, resume=resume, compare=parse_comparisons(compare), ray_address=ray_address
     )
-    with stop_signal() as stopping, _progress(table) as progress:
-        result = run(table, plan_changes, settings, progress=progress, stopping=stopping)
+    with _target(out, table.scenario.name) as target, stop_signal() as stopping, _progress(plan) as progress:
+        result = run(table, plan_changes, replace(settings, out=target), progress=progress, stopping=stopping)
     summary = summarize(result, target)
     for text in summary["warnings"]:
         _say(f"warning: {text}")
     typer.echo(json.dumps(summary) if as_json else _readable(summary))
 
 
-def _progress(scenario: Any) -> Any:
+def _target(out: Path | None, name: str) -> AbstractContextManager[Path]:
+    """The folder that the user gave, or a new one of our own naming."""
+    from accord_simulations.output import numbered
+
+    return numbered(Path("runs"), f"{name}-{time.strftime('%Y%m%d-%H%M%S')}") if out is None else nullcontext(out)
+
+
+def _progress(plan: Any) -> Any:
     from accord_simulations.progress import Progress
 
-    metric = scenario.plan.get("evaluation", {}).get("metrics", ["accuracy"])[0]
-    return Progress(metric=metric, epsilon_target=None)
+    return Progress(metric=plan.evaluation.metrics[0], epsilon_target=None)
 
 
 def merge_changes(options: dict[str, Any], sets: list[str] | None) -> dict[str, Any]:
@@ -155,6 +162,7 @@ def summarize(result: Any, target: Path) -> dict[str, Any]:
         "rounds": plan["run"]["rounds"],
         "depth": plan["adapter"]["depth"],
         "noise": plan["privacy"]["noise"],
+        "unit": result.unit,
         "secure_aggregation": plan["secure_aggregation"]["mode"],
         "seed": result.seed,
         "metric": result.metric,
@@ -175,6 +183,7 @@ def summarize(result: Any, target: Path) -> dict[str, Any]:
         "released": result.rounds[-1].released,
         "upload_bytes_per_site_round": result.upload_bytes_per_site_round,
         "upload_bytes_per_site_run": result.upload_bytes_per_site_run,
+        "rows": result.population.get("rows", []),
         "warnings": [warning] if warning else [],
         "seconds": round(result.seconds, 2),
         "stage_s": {name: round(value, 2) for name, value in result.stage_s.items()},
@@ -191,7 +200,13 @@ def _readable(summary: dict[str, Any]) -> str:
     collude = summary["epsilon_all_collude"]
     lines = [f"{summary['scenario']}: {summary['participants']} participants, {summary['rounds']} rounds, {privacy}"]
     if collude is not None:
-        lines.append(f"  privacy          {summary['noise']} noise, ε = {collude:.3g} if all others collude")
+        kind = f"{summary['noise']} noise, unit {summary['unit']}"
+        lines.append(f"  privacy          {kind}, ε = {collude:.3g} if all others collude")
+    for rows in summary["rows"]:
+        lines.append(
+            f"  rows             {rows['source']}: {rows['rows']:,} in, {rows['accepted']:,} accepted, "
+            f"{rows['left_out']:,} left out, {rows['empty_lines']:,} empty lines"
+        )
     lines.append(f"  joint model      {summary['metric']} {summary['federated']:.4f}")
     if summary["ceiling"] is not None:
         share = summary["federated"] / summary["ceiling"]
@@ -252,8 +267,7 @@ def sweep(
         }
     )
     changes = merge_changes({"evaluation.validation_fraction": validation or None}, sets)
-    target = out or Path("runs") / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
-    with stop_signal() as stopping:
+    with _target(out, "sweep") as target, stop_signal() as stopping:
         result = run(
             scenario,
             axes,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +18,16 @@ from typing import Any
 
 from accord_server.app import Timing, server_app
 from accord_server.rounds import Coordinator
-from accord_shared.errors import Aborted, AccordError
+from accord_shared.errors import Aborted, AccordError, SettingsError, Unreachable
+from accord_shared.files import open_private
 from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
 from accord_simulations.participants import ParticipantHandler, WorkFolder
 from accord_simulations.scenario import Resources
 from accord_simulations.vault import SimulatedRoster, vaults
 
+_RAY_ADDRESS = re.compile(r"(ray://)?(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
+_KNOCK_S = 10.0
 OBJECT_STORE_BYTES = 256 * 2**20
 """Ray's shared memory: messages in flight are all that goes through it."""
 
@@ -106,15 +112,20 @@ class Engine:
 
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-        if self.ray_address is None:
+        if self.ray_address is None:  # "local", lest RAY_ADDRESS in the environment names another
             options |= {"num_cpus": os.cpu_count() or 1, "object_store_memory": OBJECT_STORE_BYTES}
+        else:
+            _knock(self.ray_address)
         try:
-            ray.init(address=self.ray_address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise Aborted(f"Ray did not start: {str(error).splitlines()[0][:200]}") from None
+            ray.init(address=self.ray_address or "local", **options)
+        except Exception as error:  # Ray lets errors of many kinds through, also of its own start timing out
+            ray.shutdown()
+            raise Aborted(f"Ray did not start: {(str(error) or type(error).__name__).splitlines()[0][:200]}") from None
         for number, handler in handlers.items():  # Ray's own handler would end the process in mid-write
             signal.signal(number, handler)
         try:
+            found: Callable[[], Mapping[str, float]] = ray.cluster_resources
+            _require_room(self.resources, found())
             yield
         finally:
             ray.shutdown()
@@ -125,6 +136,45 @@ class Engine:
             "num_gpus": self.resources.gpus_per_participant,
             "max_restarts": -1,  # Flower keeps a dead actor in its pool: every message to it would fail from then on
         }
+
+
+def check_start(resources: Resources, ray_address: str | None) -> None:
+    """The address is one that Ray has, and without one a participant fits into this machine.
+
+    Raises:
+        SettingsError: it is not so.
+    """
+    if ray_address is None:
+        _require_room(resources, {"CPU": os.cpu_count() or 1, "GPU": math.inf})
+    elif ray_address != "auto" and _RAY_ADDRESS.fullmatch(ray_address) is None:
+        raise SettingsError(f"--ray-address {ray_address[:80]!r} is neither HOST:PORT, ray://HOST:PORT nor auto")
+
+
+def _require_room(resources: Resources, found: Mapping[str, float]) -> None:
+    """One participant fits: Ray would wait for ever for what is not there."""
+    for key, kind, wanted in (
+        ("cpus", "CPU", resources.cpus_per_participant),
+        ("gpus", "GPU", resources.gpus_per_participant),
+    ):
+        if wanted > found.get(kind, 0.0):
+            have = f"{found.get(kind, 0.0):g}"
+            raise SettingsError(f"resources.{key}_per_participant = {wanted:g}, but there are {have} {kind}s")
+
+
+def _knock(address: str) -> None:
+    """Somebody listens there: Ray itself would try for minutes.
+
+    Raises:
+        Unreachable: nobody does.
+    """
+    match = _RAY_ADDRESS.fullmatch(address)
+    if match is None:  # "auto" finds what runs on this machine
+        return
+    try:
+        socket.create_connection((match["host"].strip("[]"), int(match["port"])), timeout=_KNOCK_S).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise Unreachable(f"no Ray at {address}: {reason}") from None
 
 
 @contextmanager
@@ -167,6 +217,8 @@ def _prompt_delivery() -> Iterator[None]:
 @contextmanager
 def _flower_log(path: Path | None) -> Iterator[None]:
     """Send Flower's log (tracebacks of simulated crashes included) and the coordinator's to a file."""
+    if path is not None:
+        open_private(path, "a").close()  # a traceback may quote what a participant worked on
     target = logging.FileHandler(path) if path is not None else logging.NullHandler()
     target.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     loggers = [logging.getLogger(name) for name in ("flwr", "accord_server")]

@@ -18,7 +18,7 @@ TRIPS = {"malicious": 3, "semi_honest": 2, "off": 1}
 class Crash(BaseModel):
     """The participant (counted from 1) trains in `round`, and dies before its reply leaves."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     participant: int = Field(ge=1)
     round: int = Field(ge=1)
@@ -27,7 +27,7 @@ class Crash(BaseModel):
 class FaultSpec(BaseModel):
     """A scenario's `[faults]` table."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the participants (rounded) that are lost in a round, drawn anew for each round."""

@@ -22,7 +22,7 @@ from accord_client.site import Site
 from accord_client.store import SiteStore
 from accord_client.trainer import Runtime
 from accord_client.workspace import Workspace
-from accord_shared.files import make_folder, write_atomic
+from accord_shared.files import make_private, open_private, write_atomic
 from accord_shared.messages import Message
 from accord_shared.plan import Plan
 from accord_simulations.faults import Faults, FaultSpec
@@ -56,14 +56,14 @@ class WorkFolder:
 
     def put_records(self, index: int, name: str, examples: Examples) -> None:
         """Give participant `index` its records."""
-        make_folder(self.root / "records")
+        make_private(self.root / "records")
         value = {
             "name": name,
             "texts": examples.texts,
             "labels": examples.labels.tolist(),
             "units": examples.units.tolist(),
         }
-        write_atomic(self._records(index), json.dumps(value).encode())
+        write_atomic(self._records(index), json.dumps(value).encode(), mode=0o600)
 
     def records(self, index: int) -> tuple[str, Examples]:
         """Name and records of participant `index`."""
@@ -76,9 +76,8 @@ class WorkFolder:
 
     def note_busy(self, index: int, start_s: float, end_s: float) -> None:
         """Append when a participant was at work: the harness' clock, never released."""
-        folder = self.root / "busy"
-        folder.mkdir(exist_ok=True)
-        with (folder / f"{os.getpid()}.csv").open("a") as file:
+        folder = make_private(self.root / "busy")
+        with open_private(folder / f"{os.getpid()}.csv", "a") as file:
             file.write(f"{index},{start_s:.6f},{end_s:.6f}\n")
 
     def busy(self) -> list[tuple[int, float, float]]:

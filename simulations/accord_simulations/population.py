@@ -16,7 +16,8 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from accord_client.data import EmptyTexts, Examples, read_examples, read_hub
+from accord_client.data import EmptyTexts, read_examples, read_hub
+from accord_client.examples import Examples, RowCounts
 from accord_shared.errors import DataError
 from accord_shared.plan import label_text
 from accord_simulations.generators import Generated, bank, retail
@@ -27,7 +28,7 @@ HASH_BUCKETS = 10_000
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class _Labelled(_Spec):
@@ -41,6 +42,7 @@ class _Labelled(_Spec):
     unit: str = "row"
     columns: tuple[str, ...] = ()
     empty_texts: EmptyTexts = "refuse"
+    delimiter: str = Field(default=",", pattern=r"^[\t -!#-~]$")
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     hub: str | None = None
     hub_revision: str | None = None
@@ -108,6 +110,7 @@ class BankDemo(_Synthetic):
     """Synthetic customer messages to banks: see `generators.bank`."""
 
     kind: Literal["bank-demo"]
+    unit: Literal["row"] = "row"
     distractions: float = Field(default=0.08, ge=0, le=1)
 
 
@@ -168,6 +171,19 @@ class Population:
     validation: Examples | None
     ceiling: float | None
     source: str
+    unit: str = "row"
+    """What the units of all these records are, as plans name it."""
+    counts: tuple[RowCounts, ...] = ()
+    """What became of the rows of every file; none for generated records."""
+
+
+def label_names(data: FilesData | HubData | BankDemo | RetailDemo) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Labels and how people would say them, before any record is read."""
+    if isinstance(data, BankDemo):
+        return bank.LABELS, bank.LABEL_TEXTS
+    if isinstance(data, RetailDemo):
+        return retail.LABELS, retail.LABEL_TEXTS
+    return data.labels, data.label_texts or tuple(label_text(label) for label in data.labels)
 
 
 def build(
@@ -201,6 +217,8 @@ def build(
         validation=validation,
         ceiling=whole.ceiling,
         source=whole.source,
+        unit=data.unit,
+        counts=whole.counts,
     )
 
 
@@ -244,6 +262,9 @@ def _below(keys: Iterable[str], fraction: float, salt: str) -> tuple[Indices, In
 
 # --- where the records come from
 
+_Read = tuple[Examples, Examples, str, tuple[RowCounts, ...]]
+"""Training and test records, where they come from, and the rows of each source."""
+
 
 def _load(
     data: FilesData | HubData | BankDemo | RetailDemo,
@@ -254,19 +275,16 @@ def _load(
     if path is not None and data.kind != "files":
         raise DataError(f'data of kind "{data.kind}" takes no --data; {path} would be ignored')
     if isinstance(data, BankDemo):
-        knobs = data.model_dump(exclude={"kind"})
+        knobs = data.model_dump(exclude={"kind", "unit"})
         return bank.generate(participants=population.participants, seed=seed, **knobs)
     if isinstance(data, RetailDemo):
         knobs = data.model_dump(exclude={"kind"})
         return retail.generate(participants=population.participants, seed=seed, **knobs)
-    train, test, source = _labelled(data, population, path)
-    texts = data.label_texts or tuple(label_text(label) for label in data.labels)
-    return Generated(data.labels, texts, train, test, None, source)
+    train, test, source, counts = _labelled(data, population, path)
+    return Generated(*label_names(data), train, test, None, source, counts)
 
 
-def _labelled(
-    data: FilesData | HubData, population: PopulationSpec, path: Path | None
-) -> tuple[Examples, Examples, str]:
+def _labelled(data: FilesData | HubData, population: PopulationSpec, path: Path | None) -> _Read:
     if isinstance(data, FilesData) and path is not None:
         return _from_files(data, population, path)
     if data.hub is not None:
@@ -275,15 +293,20 @@ def _labelled(
     raise DataError(f"no data given: pass --data PATH, a folder with {wanted} or the file itself")
 
 
-def _from_files(data: FilesData, population: PopulationSpec, path: Path) -> tuple[Examples, Examples, str]:
+def _from_files(data: FilesData, population: PopulationSpec, path: Path) -> _Read:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     single = path if path.is_file() else path / data.file if data.file else None
     if single is not None:
-        train, test = hash_split(_read(data, population, single), data.test_fraction)
-        return train, test, f"{single.name}, split by hash ({data.test_fraction:g} test)"
+        whole = _read(data, population, single)
+        said = f"{single.name}, split by hash ({data.test_fraction:g} test)"
+        return *hash_split(whole, data.test_fraction), said, _counts(whole)
     train, test = (_read(data, population, path / name) for name in (data.train, data.test))
-    return train, test, f"{data.train} and {data.test}"
+    return train, test, f"{data.train} and {data.test}", _counts(train, test)
+
+
+def _counts(*read: Examples) -> tuple[RowCounts, ...]:
+    return tuple(examples.counts for examples in read if examples.counts is not None)
 
 
 def _read(data: FilesData, population: PopulationSpec, path: Path) -> Examples:
@@ -296,10 +319,11 @@ def _read(data: FilesData, population: PopulationSpec, path: Path) -> Examples:
         columns=_columns(data, population),
         label_map=data.label_map,
         empty_texts=data.empty_texts,
+        delimiter=data.delimiter,
     )
 
 
-def _from_hub(data: FilesData | HubData, population: PopulationSpec, hub: str) -> tuple[Examples, Examples, str]:
+def _from_hub(data: FilesData | HubData, population: PopulationSpec, hub: str) -> _Read:
     def read(split: str) -> Examples:
         return read_hub(
             hub,
@@ -316,9 +340,11 @@ def _from_hub(data: FilesData | HubData, population: PopulationSpec, hub: str) -
 
     revision = f"@{data.hub_revision}" if data.hub_revision else ""
     if data.hub_test:
-        return read(data.hub_train), read(data.hub_test), f"hub:{hub}{revision}"
-    train, test = hash_split(read(data.hub_train), data.test_fraction)
-    return train, test, f"hub:{hub}{revision}, split by hash ({data.test_fraction:g} test)"
+        train, test = read(data.hub_train), read(data.hub_test)
+        return train, test, f"hub:{hub}{revision}", _counts(train, test)
+    whole = read(data.hub_train)
+    said = f"hub:{hub}{revision}, split by hash ({data.test_fraction:g} test)"
+    return *hash_split(whole, data.test_fraction), said, _counts(whole)
 
 
 def _columns(data: FilesData | HubData, population: PopulationSpec) -> tuple[str, ...]:
@@ -328,8 +354,7 @@ def _columns(data: FilesData | HubData, population: PopulationSpec) -> tuple[str
 
 
 def _unit_column(data: FilesData | HubData | BankDemo | RetailDemo) -> str | None:
-    unit = "row" if isinstance(data, BankDemo) else data.unit
-    return unit.partition(":")[2] or None
+    return data.unit.partition(":")[2] or None
 
 
 # --- participants

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from pydantic import ValidationError
 
 from accord_client.data import Examples
 from accord_client.facts import trainable_parameters
@@ -17,12 +19,12 @@ from accord_client.models import digest, locate, verified
 from accord_client.trainer import Runtime
 from accord_client.workspace import Workspace
 from accord_shared.dp.accounting import noise_multiplier
-from accord_shared.errors import DataError
-from accord_shared.plan import Plan
+from accord_shared.errors import DataError, PlanError, SettingsError
+from accord_shared.plan import Plan, first_problem
 from accord_simulations.faults import TRIPS, FaultSpec
 from accord_simulations.participants import WorkFolder
-from accord_simulations.population import Population, build
-from accord_simulations.scenario import Resolved, Resources, Scenario, resolve
+from accord_simulations.population import Population, PopulationSpec, build
+from accord_simulations.scenario import Resolved, Resources, Scenario, foresee, resolve
 
 Progress = Callable[[int], None]
 
@@ -47,18 +49,20 @@ def resolve_scenario(
         DataError: the data set is missing, malformed, or has an empty participant.
         PlanError, ModelError, UnsupportedLayer: the plan contradicts itself, or its model is not there, is not sound or
             does not have what the plan names.
+        SettingsError: there is no such device here.
     """
-    seed = int(changes.get("run.seed", _given(scenario, "run", "seed", 0)))
-    carved = float(
-        changes.get("evaluation.validation_fraction", _given(scenario, "evaluation", "validation_fraction", 0.0))
-    )
-    spec = scenario.population.model_copy(update={"validation_fraction": carved})
-    population = build(scenario.data, spec, path=data, seed=seed)
+    scenario, early = foresee(scenario, changes)
+    _check_device(scenario.resources.device)
+    given = scenario.population.model_dump() | {"validation_fraction": early.evaluation.validation_fraction}
+    try:
+        spec = PopulationSpec.model_validate(given)
+    except ValidationError as error:
+        raise PlanError(f"evaluation.{first_problem(error)}") from None
+    known = digest(locate(early.model.source))
+    population = build(scenario.data, spec, path=data, seed=early.run.seed)
     for participant in population.participants:
         if not len(participant.train):
             raise DataError(f"participant {participant.name} has no records")
-    source = str(changes.get("model.source", _given(scenario, "model", "source", "")))
-    known = digest(locate(source)) if source else None
     resolved = resolve(scenario, population, changes, known)
     _check_model(resolved.plan, cache or default_folder() / "features")
     return resolved
@@ -73,10 +77,10 @@ def _check_model(plan: Plan, cache: Path) -> None:
     Workspace(plan, FeatureCache(cache), Runtime()).embeddings(plan.task.texts)
 
 
-def _given(scenario: Scenario, table: str, key: str, default: Any) -> Any:
-    """A key of the scenario's plan before it is validated."""
-    values = scenario.plan.get(table, {})
-    return values.get(key, default) if isinstance(values, dict) else default
+def _check_device(device: str) -> None:
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= found:
+        raise SettingsError(f"resources.device = {device!r}, but torch finds {found} GPUs here")
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class SimulationResult:
     plan: dict[str, Any]
     plan_hash: str
     population: dict[str, Any]
-    """partition, source, participants, records, test_records, ceiling (float or None), faults."""
+    """partition, source, rows (of each file that was read), participants, records, test_records, ceiling (float or
+    None), faults."""
     metric: str
     metrics: dict[str, float]
     """The finished joint model on the test split."""
@@ -109,6 +110,12 @@ class SimulationResult:
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
+    def unit(self) -> str:
+        """What ε protects: "row", "column:NAME" or "participant", by the plan that ran."""
+        privacy, task = self.plan.get("privacy", {}), self.plan.get("task", {})
+        return "participant" if privacy.get("noise") == "participant" else str(task.get("unit", "row"))
+
+    @property
     def trips_per_run(self) -> int:
         """Trips of all rounds, with repeated attempts and joining."""
         return sum(item.trips for item in self.rounds)
@@ -129,7 +136,7 @@ class SimulationResult:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain JSON values, and what a run costs as a whole."""
-        costs = ("trips_per_run", "upload_bytes_per_site_run", "download_bytes_per_site_run")
+        costs = ("unit", "trips_per_run", "upload_bytes_per_site_run", "download_bytes_per_site_run")
         return {**asdict(self), **{name: getattr(self, name) for name in costs}}
 
 

@@ -22,11 +22,11 @@ from accord_server.checkpoint import CheckpointFolder
 from accord_server.rounds import Coordinator, RoundReport
 from accord_server.secagg import SecureAggregation
 from accord_shared.dp.accounting import epsilon, noise_multiplier, plan_epsilon
-from accord_shared.files import make_folder, write_atomic
+from accord_shared.files import make_private, open_private, write_atomic
 from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
-from accord_simulations.compare import compare
-from accord_simulations.engine import Engine, Secured
+from accord_simulations.compare import compare, comparison_plan
+from accord_simulations.engine import Engine, Secured, check_start
 from accord_simulations.output import OutputFolder, claim
 from accord_simulations.prepare import Prepared, prepare, resolve_scenario
 from accord_simulations.progress import Progress
@@ -73,17 +73,23 @@ def simulate(
         RoundAborted, Interrupted: finished rounds are kept, `resume` continues.
     """
     started = time.monotonic()
+    check_start(scenario.resources, options.ray_address)
     resolved = resolve_scenario(scenario, changes, options.data, options.cache)
-    folder = claim(options.out, resolved.plan.hash, resume=options.resume)
+    noise_multiplier(resolved.plan)  # an ε that cannot be had is refused before anything is written
+    for name in options.compare:
+        comparison_plan(resolved, changes, name)
     display = progress or Progress(metric="", epsilon_target=None, enabled=False)
-    with PeakMemory() as memory:
-        run = _Simulation(resolved, changes, options, folder, display, stopping)
-        result = run.execute()
-    result = replace(result, peak_rss_bytes=memory.bytes, seconds=time.monotonic() - started)
-    if options.report:
-        from accord_simulations.report import write_report  # noqa: PLC0415
+    with claim(options.out, resolved.plan.hash, resume=options.resume) as folder:
+        for counts in resolved.population.counts:
+            display.note(str(counts))
+        with PeakMemory() as memory:
+            run = _Simulation(resolved, changes, options, folder, display, stopping)
+            result = run.execute()
+        result = replace(result, peak_rss_bytes=memory.bytes, seconds=time.monotonic() - started)
+        if options.report:
+            from accord_simulations.report import write_report  # noqa: PLC0415
 
-        write_report(result, folder.path)
+            write_report(result, folder.path)
     return result
 
 
@@ -121,7 +127,7 @@ class _Simulation:
     def _prepare(self) -> Prepared:
         texts = len(self._resolved.population.train) + len(self._resolved.population.test)
         self._progress.stage("embedding", total=texts)
-        make_folder(self._folder.work)
+        make_private(self._folder.work)
         prepared = prepare(self._resolved, self._folder.work, self._options.cache, self._progress.advance)
         if self._plan.adapter.depth == "head":
             torch.set_num_threads(1)  # a head's steps take a millisecond: threads that wait for a core cost tenfold
@@ -173,7 +179,7 @@ class _Simulation:
                 )
                 continue
             done.append(compare(prepared, self._changes, name, self._stopping))
-            write_atomic(kept, json.dumps([asdict(comparison) for comparison in done]).encode())
+            write_atomic(kept, json.dumps([asdict(comparison) for comparison in done]).encode(), mode=0o600)
         return tuple(done)
 
     def _finish(self, prepared: Prepared, weights: Vector, comparisons: tuple[Comparison, ...]) -> SimulationResult:
@@ -213,6 +219,7 @@ class _Simulation:
             plan_hash=plan.hash,
             population={
                 "source": population.source,
+                "rows": [{**asdict(counts), "rows": counts.rows} for counts in population.counts],
                 "partition": scenario.population.partition,
                 "participants": len(population.participants),
                 "records": len(population.train),
@@ -271,7 +278,7 @@ class _RoundLog:
         """Append a finished round."""
         self.rounds = (*self.rounds, result)
         self.ends = (*self.ends, (start, end))
-        with self._path.open("a") as file:
+        with open_private(self._path, "a") as file:
             file.write(json.dumps({"result": asdict(result), "start": start, "end": end}) + "\n")
 
 

@@ -9,14 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.errors import PlanError
 from accord_shared.plan import Plan, apply_changes, first_problem, make_plan, read_toml
 from accord_shared.secagg.thresholds import COMPLETE_MAX
 from accord_simulations.faults import TRIPS, FaultSpec
-from accord_simulations.population import DataSpec, Population, PopulationSpec
+from accord_simulations.population import DataSpec, Population, PopulationSpec, label_names
 
 SPARSE_DROPOUT = 0.1
 """Up to here a sparse graph is asked to stand twice the expected losses; it is much cheaper the fewer they are."""
@@ -25,7 +25,7 @@ COMPARISONS = ("alone", "nonprivate", "central", "central_nonprivate")
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Title(_Table):
@@ -45,6 +45,14 @@ class Tuned(_Table):
     when: dict[str, Any]
     set: dict[str, Any]
     how: str
+
+    @field_validator("when")
+    @classmethod
+    def _positive_epsilon(cls, when: dict[str, Any]) -> dict[str, Any]:
+        epsilon = when.get("epsilon", 1.0)
+        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < math.inf:
+            raise ValueError(f"tuned.when.epsilon = {epsilon!r} is not a positive number")
+        return when
 
 
 class Auto(_Table):
@@ -73,12 +81,12 @@ class Auto(_Table):
 class Resources(_Table):
     """Performance flags of the simulation; none of them changes what is computed."""
 
-    cpus_per_participant: float = Field(default=1.0, gt=0)
-    gpus_per_participant: float = Field(default=0.0, ge=0)
-    device: str = "cpu"
+    cpus_per_participant: float = Field(default=1.0, gt=0, le=4096)
+    gpus_per_participant: float = Field(default=0.0, ge=0, le=64)
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:[0-9]{1,2})?)$")
     precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")
-    rows_in_memory: int | None = Field(default=None, ge=1)
-    round_timeout_s: float = Field(default=3600.0, gt=0)
+    rows_in_memory: int | None = Field(default=None, ge=1, le=2**31)
+    round_timeout_s: float = Field(default=3600.0, gt=0, le=10**7)
 
 
 class Scenario(_Table):
@@ -170,6 +178,29 @@ class Resolved:
     """Where the tuned keys come from."""
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a plan may leave to a simulated population: all of it is public there."""
+
+    labels: tuple[str, ...]
+    label_texts: tuple[str, ...]
+    participants: int
+    records: int
+    """Training records of all participants."""
+    unit: str
+
+    @staticmethod
+    def of(population: Population) -> Facts:
+        """The facts of a population that exists."""
+        return Facts(
+            labels=population.labels,
+            label_texts=population.label_texts,
+            participants=len(population.participants),
+            records=len(population.train),
+            unit=population.unit,
+        )
+
+
 def resolve(
     scenario: Scenario,
     population: Population,
@@ -179,19 +210,80 @@ def resolve(
 ) -> Resolved:
     """Fill what a scenario may leave to the population, apply tuned keys, then the user's `changes`.
 
-    Tuned keys are those of `tuned_for`, if there are any, or of the plan's noise mode. Labels, mean records per
-    participant and the cohort's size are public facts of a simulated population.
+    Tuned keys are those of `tuned_for`, if there are any, or of the plan's noise mode. Labels, unit of privacy, mean
+    records per participant and the cohort's size are public facts of a simulated population.
 
     Raises:
-        PlanError: the result contradicts itself.
+        PlanError: the result contradicts itself or the population.
     """
-    participants = len(population.participants)
+    facts = Facts.of(population)
+    plan, matching = _planned(scenario, facts, changes, model_digest, tuned_for)
+    fixed = {*changes, *(key for entry in matching for key in entry.set)}
+    if scenario.auto is not None and plan.privacy.noise != "none" and "server.learning_rate" not in fixed:
+        plan = plan.revised({"server.learning_rate": scenario.auto.learning_rate(plan)})
+    return Resolved(
+        scenario=scenario,
+        population=population,
+        plan=plan,
+        tuned=tuple(entry.how for entry in matching),
+    )
+
+
+def foresee(scenario: Scenario, changes: Mapping[str, Any]) -> tuple[Scenario, Plan]:
+    """The scenario with its unit of privacy decided, and its plan as far as it is known before the data is read.
+
+    So no key is used that was not validated. The plan's `local.expected_records` is 1 where that is left to the data.
+
+    Raises:
+        PlanError: the plan contradicts itself or the data, whatever its records are.
+    """
+    _require_tables(apply_changes(scenario.plan, dict(changes)))
+    scenario = _with_unit(scenario, changes)
+    participants = scenario.population.participants
+    labels, texts = label_names(scenario.data)
+    facts = Facts(labels, texts, participants, records=participants, unit=scenario.data.unit)
+    return scenario, _planned(scenario, facts, changes, None, None)[0]
+
+
+def _require_tables(plan: Mapping[str, Any]) -> None:
+    for name, value in plan.items():
+        if name != "version" and name in Plan.model_fields and not isinstance(value, dict):
+            raise PlanError(f"plan.{name} = {str(value)[:60]!r}: must be a table")
+
+
+def _with_unit(scenario: Scenario, changes: Mapping[str, Any]) -> Scenario:
+    """The scenario whose records are grouped by the plan's `task.unit` where that is given; else `data.unit` stands.
+
+    Raises:
+        PlanError: plan and data name different units, or such data has no such unit.
+    """
+    wanted = changes.get("task.unit", scenario.plan.get("task", {}).get("unit"))
+    data = scenario.data
+    if wanted is None or wanted == data.unit:
+        return scenario
+    if "unit" in data.model_fields_set:
+        raise PlanError(f"task.unit = {str(wanted)[:60]!r} contradicts data.unit = {data.unit!r}")
+    try:
+        grouped = type(data).model_validate({**data.model_dump(exclude_unset=True), "unit": wanted})
+    except ValidationError:
+        said = f'data of kind "{data.kind}" has no such unit of privacy'
+        raise PlanError(f"task.unit = {str(wanted)[:60]!r}: {said}") from None
+    return scenario.model_copy(update={"data": grouped})
+
+
+def _planned(
+    scenario: Scenario, known: Facts, changes: Mapping[str, Any], model_digest: str | None, tuned_for: str | None
+) -> tuple[Plan, list[Tuned]]:
+    """The plan before `[auto]`, and which tuned keys are in it."""
+    _require_tables(apply_changes(scenario.plan, dict(changes)))
+    participants = known.participants
     dropping = math.ceil(scenario.faults.dropout * participants)
     facts: dict[str, Any] = {
         "run.name": scenario.scenario.name,
-        "task.labels": list(population.labels),
-        "task.label_texts": list(population.label_texts),
-        "local.expected_records": max(1, round(len(population.train) / participants)),
+        "task.labels": list(known.labels),
+        "task.label_texts": list(known.label_texts),
+        "task.unit": known.unit,
+        "local.expected_records": max(1, round(known.records / participants)),
         "cohort.size": participants,
     }
     mode = changes.get("secure_aggregation.mode") or scenario.plan.get("secure_aggregation", {}).get("mode")
@@ -212,16 +304,12 @@ def resolve(
             if key not in changes:
                 wanted = apply_changes(wanted, {key: value})
     plan = make_plan(_with_makeup_rounds(wanted, scenario, changes))
-    fixed = {*changes, *(key for entry in matching for key in entry.set)}
-    if scenario.auto is not None and plan.privacy.noise != "none" and "server.learning_rate" not in fixed:
-        plan = plan.revised({"server.learning_rate": scenario.auto.learning_rate(plan)})
+    if plan.task.unit != known.unit:
+        raise PlanError(f"task.unit = {plan.task.unit!r}, but the records' unit of privacy is {known.unit!r}")
+    if plan.cohort.size > participants:
+        raise PlanError(f"cohort.size = {plan.cohort.size}, but population.participants = {participants}")
     plan.check_roster(participants)  # all of them are on it
-    return Resolved(
-        scenario=scenario,
-        population=population,
-        plan=plan,
-        tuned=tuple(entry.how for entry in matching),
-    )
+    return plan, matching
 
 
 def _with_makeup_rounds(table: dict[str, Any], scenario: Scenario, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,6 +346,6 @@ def _matching(entries: tuple[Tuned, ...], table: Mapping[str, Any], noise: str |
     epsilon = privacy.get("epsilon")
     by_epsilon = [entry for entry in fitting if "epsilon" in entry.when]
     chosen = [entry for entry in fitting if "epsilon" not in entry.when]
-    if by_epsilon and isinstance(epsilon, int | float) and epsilon > 0:
+    if by_epsilon and isinstance(epsilon, int | float) and 0 < epsilon < math.inf:
         chosen.append(min(by_epsilon, key=lambda entry: abs(math.log(entry.when["epsilon"] / epsilon))))
     return chosen

@@ -17,10 +17,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from accord_shared.dp.accounting import noise_multiplier
-from accord_shared.errors import DataError, OutputError, PlanError
-from accord_shared.files import make_folder, write_atomic
+from accord_shared.errors import DataError, PlanError
+from accord_shared.files import write_atomic
 from accord_shared.secagg.thresholds import COMPLETE_MAX, thresholds
 from accord_simulations.compare import comparison_key
+from accord_simulations.output import held, require_empty
 from accord_simulations.prepare import resolve_scenario
 from accord_simulations.resources import versions
 from accord_simulations.results import Comparison, SimulationResult, SweepPoint, SweepResult, few_sites
@@ -116,8 +117,7 @@ def sweep(
     """
     from accord_simulations.report import write_sweep  # noqa: PLC0415
 
-    if out.exists() and any(out.iterdir()):
-        raise OutputError(f"{out} is not empty: choose another --out")
+    require_empty(out)
     for name in axes.values:
         if _KEYS[name][0] in changes:
             raise PlanError(f"--set {_KEYS[name][0]} contradicts --{name}")
@@ -125,27 +125,28 @@ def sweep(
     combinations = axes.points()
     runs = [[_checked(scenario, changes, one, seed, data, compare) for seed in range(seeds)] for one in combinations]
     _warn(runs)
-    make_folder(out)
-    known: dict[str, Comparison] = {}
-    points: list[SweepPoint] = []
-    for number, (settings, tries) in enumerate(zip(combinations, runs, strict=True), start=1):
-        results = []
-        for seed, run in enumerate(tries):
-            wanted = tuple(name for name, key in run.references.items() if key not in known)
-            options = Options(out=out / f"point-{number:03d}-seed-{seed}", data=data, compare=wanted, report=False)
-            results.append(simulate(run.scenario, run.changes, options, stopping=stopping))
-            known |= {run.references[item.name]: item for item in results[-1].comparisons}
-        points.append(_point({**tries[0].facts, **settings}, results, [run.references for run in tries], known))
-        write_atomic(out / "points.json", json.dumps([asdict(point) for point in points], indent=2).encode())
-        sys.stderr.write(f"{number}/{len(combinations)}: {one_line(points[-1])}\n")
-    result = SweepResult(
-        scenario=results[0].scenario,
-        points=tuple(points),
-        metric=points[0].metric,
-        seconds=time.monotonic() - started,
-        versions=versions(),
-    )
-    write_sweep(result, out)
+    with held(out, lambda: require_empty(out), lambda: any(out.glob("point-*"))):
+        results: list[SimulationResult] = []
+        points: list[SweepPoint] = []
+        known: dict[str, Comparison] = {}
+        for number, (settings, tries) in enumerate(zip(combinations, runs, strict=True), start=1):
+            results = []
+            for seed, run in enumerate(tries):
+                wanted = tuple(name for name, key in run.references.items() if key not in known)
+                options = Options(out=out / f"point-{number:03d}-seed-{seed}", data=data, compare=wanted, report=False)
+                results.append(simulate(run.scenario, run.changes, options, stopping=stopping))
+                known |= {run.references[item.name]: item for item in results[-1].comparisons}
+            points.append(_point({**tries[0].facts, **settings}, results, [run.references for run in tries], known))
+            write_atomic(out / "points.json", json.dumps([asdict(point) for point in points], indent=2).encode())
+            sys.stderr.write(f"{number}/{len(combinations)}: {one_line(points[-1])}\n")
+        result = SweepResult(
+            scenario=results[0].scenario,
+            points=tuple(points),
+            metric=points[0].metric,
+            seconds=time.monotonic() - started,
+            versions=versions(),
+        )
+        write_sweep(result, out)
     return result
 
 

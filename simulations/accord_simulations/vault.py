@@ -20,7 +20,7 @@ import numpy as np
 from accord_client.ledger.receipts import Statement
 from accord_client.members import LocalMembers, SideRequest
 from accord_shared.errors import AccordError
-from accord_shared.files import make_folder, write_atomic
+from accord_shared.files import make_private, write_atomic
 from accord_shared.identity import SEED, Identity
 from accord_shared.messages import MaskedUpload, MaskRequest, Message, Opened, OpenRequest, Refusal
 from accord_shared.plan import Plan
@@ -92,8 +92,8 @@ def vaults(address: VaultAddress, roster: SimulatedRoster, names: Sequence[str])
     """Run the vaults for the participants `names`, in their order."""
     import ray  # noqa: PLC0415
 
-    make_folder(address.folder)
-    write_atomic(address.roster_file, roster.signed.to_json().encode(), durable=False)
+    make_private(address.folder)
+    write_atomic(address.roster_file, roster.signed.to_json().encode(), mode=0o600, durable=False)
     actor = ray.remote(num_cpus=0, max_restarts=-1)(Vault)
     handles: list[Any] = []  # actors live as long as their handles
     for shard in range(address.shards):

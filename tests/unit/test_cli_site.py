@@ -67,7 +67,7 @@ def test_show(run: Run, store: SiteStore) -> None:
     assert (loans["name"], loans["derived_from"], loans["shares_budget_with"]) == ("loans", None, ["loans 2026"])
     assert loans["epsilon"] == loans["epsilon_all_collude"] == pytest.approx(spent)
     assert (loans["limits"], loans["delta"]) == ({"epsilon": 4.0, "epsilon_all_collude": 9.0, "run_epsilon": 3.0}, 1e-6)
-    assert loans["plans"] == [{"plan": PLAN, "releases": 2, "last_round": 2}]
+    assert loans["plans"] == [{"plan": PLAN, "unit": None, "releases": 2, "last_round": 2}]
     assert (later["derived_from"], later["delta"], later["limits"]) == ("loans", 1e-5, {})
     assert later["epsilon"] == pytest.approx(epsilon([EVENT] * 3, 1e-5))
 

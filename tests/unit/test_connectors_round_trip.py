@@ -119,12 +119,12 @@ def test_no_bytes_whatever_break_the_csv_reader_or_lose_a_row(plan: Plan, raw: b
         try:
             loaded = read(plan, folder, kind="csv", path="data.csv")
         except DataError as error:
-            if "ends within quotes" not in str(error):
+            if "never closed" not in str(error):
                 raise
             return
         assert loaded is not None
         assert loaded.examples.texts[0] == "first"
-        assert loaded.rows == len(loaded.examples) + loaded.rejected
+        assert loaded.rows == len(loaded.examples) + loaded.rejected + loaded.counts.empty_lines
         if b'"' not in raw:
             lines = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
             assert loaded.rows == 1 + lines.count(b"\n") + (not lines.endswith(b"\n") and lines != b"")

@@ -33,7 +33,7 @@ def show(
     if not 0 < delta < 1:
         raise BadInput(f"--delta {delta:g} is not between 0 and 1")
     balance = _ledger(folder).verify()
-    facts = {**_head(balance), "datasets": [_dataset(balance, name, delta) for name in balance.datasets()]}
+    facts = {**_head(balance), "datasets": [_dataset(balance, name, delta, folder) for name in balance.datasets()]}
     typer.echo(json.dumps(facts) if as_json else _text(facts))
 
 
@@ -97,7 +97,7 @@ def _head(balance: Balance) -> dict[str, Any]:
     return {"ledger": balance.ledger, "entries": balance.entries, "seq": head.seq, "head": head.hash.hex()}
 
 
-def _dataset(balance: Balance, name: str, delta: float) -> dict[str, Any]:
+def _dataset(balance: Balance, name: str, delta: float, folder: Path) -> dict[str, Any]:
     from accord_client.ledger.entries import Limits
 
     declared = balance.declared.get(name)
@@ -113,10 +113,29 @@ def _dataset(balance: Balance, name: str, delta: float) -> dict[str, Any]:
         **_epsilons(spent, limits.delta if given else delta, limits.accountant),
         "releases_without_noise": spent.bare,
         "plans": [
-            {"plan": plan, "releases": balance.plan(plan).rounds, "last_round": balance.plan(plan).last_round}
+            {
+                "plan": plan,
+                "unit": _unit(folder, plan),
+                "releases": balance.plan(plan).rounds,
+                "last_round": balance.plan(plan).last_round,
+            }
             for plan in balance.by_plan(name)
         ],
     }
+
+
+def _unit(folder: Path, plan_hash: str) -> str | None:
+    """What a plan's ε protects; None where the plan that was joined is not kept beside the ledger."""
+    from accord_client.store import SiteStore
+    from accord_shared.errors import PlanError
+    from accord_shared.plan import Plan
+
+    try:
+        kept = SiteStore(folder).plan_json(plan_hash)
+        plan = Plan.from_json(kept) if kept is not None else None
+    except (PlanError, OSError):
+        return None
+    return plan.privacy_unit if plan is not None and plan.hash == plan_hash else None
 
 
 def _epsilons(spent: Any, delta: float, accountant: str) -> dict[str, float | None]:
@@ -140,7 +159,10 @@ def _text(facts: dict[str, Any]) -> str:
             f"  if all others collude {_spent(dataset['epsilon_all_collude'], limits.get('epsilon_all_collude'))}",
             *(f"  {key.replace('_', ' ')} at most {most:g}" for key, most in limits.items() if key.startswith("run")),
             *([f"  shared with          {', '.join(shared)}"] if shared else []),
-            *(f"  plan {plan['plan']}: {plan['releases']} releases" for plan in dataset["plans"]),
+            *(
+                f"  plan {plan['plan']}: {plan['releases']} releases, unit {plan['unit'] or 'not known'}"
+                for plan in dataset["plans"]
+            ),
         ]
     return "\n".join(lines)
 

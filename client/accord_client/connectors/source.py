@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from accord_shared.errors import DataError
 
 BATCH_ROWS = 2048
+SWALLOWED = "a cell of several lines holds what looks like whole rows with their labels: is a quote out of place?"
+_AROUND = "\ufeff" + "".join(character for character in map(chr, range(0x3001)) if character.isspace())
+
+
+class Bad(NamedTuple):
+    """Lines of a source that have no cells: number of the first, reason, how it looks, how many they are."""
+
+    number: int
+    problem: str
+    look: bytes
+    lines: int
+
+
+class Span(NamedTuple):
+    """A row that takes several lines, and the labels that rows swallowed by one of its cells would have."""
+
+    lines: int
+    hidden: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows as they come: `numbers` [n], and `cells`, a sequence of [n] for every column that is read.
 
-    `malformed` are rows that have no cells: number, reason, how they look.
+    `malformed` and `empty_lines` are what else is there; `spans` tells by index of rows of several lines.
     """
 
     numbers: Sequence[int]
     cells: Sequence[Sequence[Any]]
-    malformed: Sequence[tuple[int, str, bytes]] = ()
+    malformed: Sequence[Bad] = ()
+    empty_lines: int = 0
+    spans: Mapping[int, Span] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,11 @@ def require_columns(name: str, found: Sequence[str], wanted: Sequence[str], hint
             raise DataError(f"{name}: no column {short(column)}; it has {short_list(found)}{hint}")
         if found.count(column) > 1:
             raise DataError(f"{name}: column {short(column)} appears twice")
+
+
+def plain_name(cell: str) -> str:
+    """An id or a label as it counts, in every source: Unicode's form NFC, without white space around it."""
+    return cell if cell.isascii() and cell == cell.strip() else unicodedata.normalize("NFC", cell).strip(_AROUND)
 
 
 def one_line(error: BaseException) -> str:

@@ -74,7 +74,7 @@ class _Records(Table):
     most_rows: int = Field(default=10_000_000, ge=1)
     most_bytes: int = Field(default=4 * 2**30, ge=1)
     """Of the cells that are read, decompressed: more is an error."""
-    most_characters: int = Field(default=100_000, ge=1, le=2**24)
+    most_characters: int = Field(default=1_000_000, ge=1, le=2**24)
     """Of one cell; a row with a longer one fails."""
     most_rejected_fraction: float = Field(default=0.05, ge=0, le=1)
     """Of all rows; if more fail, the data set does."""
@@ -121,6 +121,8 @@ class CsvData(_Records):
     path: str = Field(min_length=1)
     """Relative to the site's folder."""
     delimiter: str = Field(default=",", pattern=r"^[\t -!#-~]$")
+    max_cell_lines: int = Field(default=200, ge=1, le=1_000_000)
+    """Of one quoted cell: with more lines a quote is taken for one that was never closed, and all of them fail."""
 
 
 class ParquetData(_Records):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accord_shared.errors import LedgerBehind, LedgerDamaged, LedgerRolledBack, OutputError, ProtocolError
-from accord_shared.files import make_folder, sync_folder, write_atomic
+from accord_shared.files import make_private, sync_folder, write_atomic
 from accord_shared.frames import hash_frame
 from accord_shared.receipts import NO_LEDGER, Head, Seen
 
@@ -155,7 +155,7 @@ class Chain:
         """A new file with one first entry, unless there is one; whole or absent after a crash."""
         if self.exists():
             return
-        make_folder(self.folder)
+        make_private(self.folder)
         work = Path(tempfile.mkdtemp(prefix=".ledger.", dir=self.folder))
         try:
             with _typed(self.path):

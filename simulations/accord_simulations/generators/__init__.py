@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from accord_client.data import Examples
+from accord_client.examples import Examples, RowCounts
 
 
 @dataclass(frozen=True)
@@ -21,3 +21,5 @@ class Generated:
     test: Examples
     ceiling: float | None
     source: str
+    counts: tuple[RowCounts, ...] = ()
+    """What became of the rows of every file that was read."""

@@ -169,6 +169,8 @@ def facts(result: SimulationResult) -> list[tuple[str, str]]:
         ("records", result.population.get("records")),
         ("partition", result.population.get("partition")),
         ("source", result.population.get("source")),
+        ("rows", _rows(result)),
+        ("unit of privacy", result.unit),
         ("depth", plan_value(result, "adapter", "depth")),
         ("noise", noise_mode(result)),
         ("secure aggregation", plan_value(result, "secure_aggregation", "mode")),
@@ -178,6 +180,18 @@ def facts(result: SimulationResult) -> list[tuple[str, str]]:
     return [
         (name, num.count(value) if isinstance(value, int) else str(value)) for name, value in pairs if value is not None
     ]
+
+
+def _rows(result: SimulationResult) -> str | None:
+    """What became of the rows of every file that was read."""
+    return (
+        "; ".join(
+            f"{rows['source']}: {num.count(rows['rows'])} in, {num.count(rows['accepted'])} accepted, "
+            f"{num.count(rows['left_out'])} left out, {num.count(rows['empty_lines'])} empty lines"
+            for rows in result.population.get("rows", ())
+        )
+        or None
+    )
 
 
 def cost_rows(result: SimulationResult) -> list[tuple[str, str, str]]:
