@@ -24,7 +24,7 @@ from torch import Tensor
 from accord_client.models import Encoder, EncoderModel, LabelFrame, Tokens
 from accord_client.trainer import Indices, Runtime
 from accord_shared.errors import NonFinite, OutputError
-from accord_shared.files import make_private, write_atomic
+from accord_shared.files import has_home, make_private, write_atomic
 
 VERSION = 2
 """1 could hold embeddings of models that were read with random parts."""
@@ -44,10 +44,9 @@ def default_folder() -> Path:
         return Path(base)
     if caches := os.environ.get("XDG_CACHE_HOME"):
         return Path(caches) / "accord"
-    try:
-        return Path.home() / ".cache" / "accord"
-    except RuntimeError:
-        raise OutputError("no folder for the cache: this user has no home, so set ACCORD_CACHE") from None
+    if not has_home():
+        raise OutputError("no folder for the cache: this user has no home, so set ACCORD_CACHE")
+    return Path.home() / ".cache" / "accord"
 
 
 def key(model_digest: str, max_tokens: int, layer: int, texts: Sequence[str]) -> str:

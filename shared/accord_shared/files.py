@@ -79,6 +79,15 @@ def make_folder(path: Path) -> None:
         raise OutputError(f"cannot create {path}: {error.strerror}") from error
 
 
+def has_home() -> bool:
+    """Whether this user has a home folder, by the environment or the system."""
+    try:
+        Path.home()
+    except RuntimeError:
+        return False
+    return True
+
+
 def make_private(path: Path) -> Path:
     """Create `path`, open to nobody but its owner; parents that are missing, too. Its path again.
 

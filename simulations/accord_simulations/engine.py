@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import signal
@@ -16,10 +15,12 @@ from queue import Empty, Queue, SimpleQueue
 from threading import Event
 from typing import Any
 
+import torch
+
 from accord_server.app import Timing, server_app
 from accord_server.rounds import Coordinator
 from accord_shared.errors import Aborted, AccordError, SettingsError, Unreachable
-from accord_shared.files import open_private
+from accord_shared.files import has_home, open_private
 from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
 from accord_simulations.participants import ParticipantHandler, WorkFolder
@@ -65,6 +66,8 @@ class Engine:
             Aborted: Flower or Ray failed.
         """
         os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+        if not has_home():  # Flower asks for its place there as it is imported, and puts nothing into it
+            os.environ.setdefault("FLWR_HOME", str(work.root / "flower"))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         from flwr.simulation import run_simulation  # noqa: PLC0415
@@ -114,8 +117,6 @@ class Engine:
         options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         if self.ray_address is None:  # "local", lest RAY_ADDRESS in the environment names another
             options |= {"num_cpus": os.cpu_count() or 1, "object_store_memory": OBJECT_STORE_BYTES}
-        else:
-            _knock(self.ray_address)
         try:
             ray.init(address=self.ray_address or "local", **options)
         except Exception as error:  # Ray lets errors of many kinds through, also of its own start timing out
@@ -139,15 +140,19 @@ class Engine:
 
 
 def check_start(resources: Resources, ray_address: str | None) -> None:
-    """The address is one that Ray has, and without one a participant fits into this machine.
+    """Somebody listens at the address, or without one a participant fits into this machine.
 
     Raises:
-        SettingsError: it is not so.
+        SettingsError: Ray has no such addresses, or the machine is too small.
+        Unreachable: nobody listens there.
     """
     if ray_address is None:
-        _require_room(resources, {"CPU": os.cpu_count() or 1, "GPU": math.inf})
-    elif ray_address != "auto" and _RAY_ADDRESS.fullmatch(ray_address) is None:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        _require_room(resources, {"CPU": os.cpu_count() or 1, "GPU": gpus})
+        return
+    if ray_address != "auto" and _RAY_ADDRESS.fullmatch(ray_address) is None:
         raise SettingsError(f"--ray-address {ray_address[:80]!r} is neither HOST:PORT, ray://HOST:PORT nor auto")
+    _knock(ray_address)
 
 
 def _require_room(resources: Resources, found: Mapping[str, float]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from accord_client.export import export_model
+from accord_client.features import default_folder
 from accord_client.tasks.classification import score
 from accord_server.aggregation import Aggregation, PlainAggregation
 from accord_server.checkpoint import CheckpointFolder
@@ -74,7 +75,8 @@ def simulate(
     """
     started = time.monotonic()
     check_start(scenario.resources, options.ray_address)
-    resolved = resolve_scenario(scenario, changes, options.data, options.cache)
+    cache = options.cache or default_folder() / "features"
+    resolved = resolve_scenario(scenario, changes, options.data, cache)
     noise_multiplier(resolved.plan)  # an ε that cannot be had is refused before anything is written
     for name in options.compare:
         comparison_plan(resolved, changes, name)
@@ -83,7 +85,7 @@ def simulate(
         for counts in resolved.population.counts:
             display.note(str(counts))
         with PeakMemory() as memory:
-            run = _Simulation(resolved, changes, options, folder, display, stopping)
+            run = _Simulation(resolved, changes, replace(options, cache=cache), folder, display, stopping)
             result = run.execute()
         result = replace(result, peak_rss_bytes=memory.bytes, seconds=time.monotonic() - started)
         if options.report:
