@@ -304,11 +304,11 @@ def _planned(
             if key not in changes:
                 wanted = apply_changes(wanted, {key: value})
     plan = make_plan(_with_makeup_rounds(wanted, scenario, changes))
+    plan.check_roster(participants)  # all of them are on it
     if plan.task.unit != known.unit:
         raise PlanError(f"task.unit = {plan.task.unit!r}, but the records' unit of privacy is {known.unit!r}")
     if plan.cohort.size > participants:
         raise PlanError(f"cohort.size = {plan.cohort.size}, but population.participants = {participants}")
-    plan.check_roster(participants)  # all of them are on it
     return plan, matching
 
 
