@@ -40,7 +40,7 @@ POLL_S = 0.005
 LONGEST_POLL_S = 1.0
 """Where a look is itself expensive."""
 JOIN_POLL_S = 0.1
-IDLE_POLL_S = 2.0
+IDLE_POLL_S = 5.0
 """Longest pause between two looks for sites to come; what they do themselves ends it."""
 IDLE_SHARE = 0.05
 """A pause between two looks, as a part of the time that nothing changed."""

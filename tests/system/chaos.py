@@ -230,7 +230,10 @@ class Chaos:
         return 1
 
     def fault_database_connections_cut(self) -> int:
-        self.server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid();")
+        self.server.psql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid();"
+        )
         return 1
 
     def fault_coordinator_disk_full(self) -> int:
