@@ -40,7 +40,7 @@ from accord_simulations.deployment import processes
 from accord_simulations.deployment.material import bank_demo
 from accord_simulations.deployment.processes import CALL_S, Deployment, new_root
 
-SITES, ROUNDS, RESERVE = 5, 60, 60
+SITES, ROUNDS, RESERVE = 5, 30, 60
 CUT, SMALL_DISK = "bank-05", "bank-04"
 PATIENCE_S = 300.0
 """For a process to be up, on a machine that has other work."""
