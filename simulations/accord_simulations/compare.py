@@ -59,7 +59,10 @@ def comparison_plan(resolved: Resolved, changes: Mapping[str, Any], name: str) -
         forced |= {"cohort.size": 1, "cohort.minimum": 1}
     if name in ("central", "central_nonprivate"):
         forced["local.expected_records"] = len(resolved.population.train)
-    prompts = resolved.plan.task.prompts
+    task = resolved.plan.task
+    forced["task.labels"] = list(task.labels)  # as the records are numbered
+    forced["task.label_texts"] = list(task.label_texts) if task.label_texts else None
+    prompts = task.prompts
     forced["task.prompts"] = list(prompts) if prompts else None  # the same features for all
     private = name in ("alone", "central") and resolved.plan.privacy.noise != "none"
     tuned_for = "cohort" if private else None  # a sum there has as much noise as a cohort's

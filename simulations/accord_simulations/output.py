@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
@@ -46,21 +46,32 @@ class OutputFolder:
         return self.checkpoint.exists() and any(self.checkpoint.iterdir())
 
 
+@dataclass(frozen=True)
+class RunIdentity:
+    """What must not change between a run's begin and its end: hashes, hexadecimal."""
+
+    plan_hash: str
+    scenario: str
+    """Of the scenario beside its plan and its performance flags."""
+    data: str
+    """Of all records, in order."""
+
+
 @contextmanager
-def claim(path: Path, plan_hash: str, *, resume: bool) -> Iterator[OutputFolder]:
-    """Hold a new or empty folder for a run, or with `resume` the folder of an earlier run of the same plan.
+def claim(path: Path, identity: RunIdentity, *, resume: bool) -> Iterator[OutputFolder]:
+    """Hold a new or empty folder for a run, or with `resume` the folder of an earlier run of the same identity.
 
     Where it ends by an error before a round was begun, what was written is removed: the command can be given again.
 
     Raises:
-        OutputError: it is not ours, belongs to another plan, already holds a run, or there is no room.
+        OutputError: it is not ours, belongs to another plan, scenario or data, holds a run, or there is no room.
         AlreadyRunning: another process holds it.
     """
     marker = path / MARKER
 
     def check() -> None:
         if marker.exists():
-            _check_marker(marker, plan_hash, resume=resume)
+            _check_marker(marker, identity, resume=resume)
         elif resume:
             raise OutputError(f"{path} holds no run to resume")
         else:
@@ -72,7 +83,7 @@ def claim(path: Path, plan_hash: str, *, resume: bool) -> Iterator[OutputFolder]
         if free < NEEDED_BYTES:
             raise OutputError(f"no room in {path}: {free // 2**20} MiB free, {NEEDED_BYTES // 2**20} MiB needed")
         if not marker.exists():
-            write_atomic(marker, json.dumps({"plan_hash": plan_hash}).encode())
+            write_atomic(marker, json.dumps(asdict(identity)).encode())
         yield folder
 
 
@@ -151,12 +162,21 @@ def _made(path: Path) -> bool:
     return True
 
 
-def _check_marker(marker: Path, plan_hash: str, *, resume: bool) -> None:
+def _check_marker(marker: Path, identity: RunIdentity, *, resume: bool) -> None:
     if not resume:
         raise OutputError(f"{marker.parent} already holds a run: add --resume to continue it, or choose another --out")
     try:
-        known = json.loads(marker.read_text())["plan_hash"]
-    except (OSError, ValueError, KeyError, TypeError):
+        table = json.loads(marker.read_text())
+        known = RunIdentity(**{"scenario": "", "data": "", **{key: str(value) for key, value in table.items()}})
+    except (OSError, ValueError, AttributeError, TypeError):
         raise OutputError(f"{marker} is damaged") from None
-    if known != plan_hash:
-        raise OutputError(f"{marker.parent} belongs to plan {known[:12]}…, not to {plan_hash[:12]}…")
+    if not known.scenario or not known.data:
+        raise OutputError(
+            f"{marker.parent} was begun without a digest of its data, so it cannot be resumed: begin anew"
+        )
+    if known.scenario != identity.scenario:
+        raise OutputError(f"{marker.parent} belongs to another scenario: its data, population, faults or comparisons")
+    if known.data != identity.data:
+        raise OutputError(f"{marker.parent} was begun with other data: it is resumed with the same records, in order")
+    if known.plan_hash != identity.plan_hash:
+        raise OutputError(f"{marker.parent} belongs to plan {known.plan_hash[:12]}…, not to {identity.plan_hash[:12]}…")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -175,6 +175,51 @@ class Population:
     """What the units of all these records are, as plans name it."""
     counts: tuple[RowCounts, ...] = ()
     """What became of the rows of every file; none for generated records."""
+
+    def labelled(self, labels: tuple[str, ...]) -> Population:
+        """The same records with classes numbered as in `labels`: by name, whatever order the data names them in.
+
+        Raises:
+            DataError: records have a label that is not among them.
+        """
+        if labels == self.labels:
+            return self
+        place = {label: number for number, label in enumerate(labels)}
+        numbers = np.array([place.get(label, -1) for label in self.labels], dtype=np.int64)
+        texts = dict(zip(self.labels, self.label_texts, strict=True))
+
+        def renumbered(examples: Examples) -> Examples:
+            found = numbers[examples.labels]
+            if (found < 0).any():
+                label = self.labels[examples.labels[found < 0][0]]
+                raise DataError(f"records have the label {label!r}, which is not one of task.labels")
+            return replace(examples, labels=found)
+
+        return replace(
+            self,
+            labels=labels,
+            label_texts=tuple(texts.get(label) or label_text(label) for label in labels),
+            participants=tuple(
+                Participant(one.name, renumbered(one.train), renumbered(one.test)) for one in self.participants
+            ),
+            train=renumbered(self.train),
+            test=renumbered(self.test),
+            validation=None if self.validation is None else renumbered(self.validation),
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of every record of every participant and split, in order."""
+        hasher = hashlib.sha256(repr((self.labels, [one.name for one in self.participants])).encode())
+        parts = [split for one in self.participants for split in (one.train, one.test)]
+        for part in (*parts, self.test, self.validation or self.test.take([])):
+            hasher.update(f"|{len(part)}|".encode())
+            for text in part.texts:
+                data = text.encode()
+                hasher.update(len(data).to_bytes(8, "big") + data)
+            hasher.update(part.labels.tobytes())
+            hasher.update(part.units.tobytes())
+        return hasher.hexdigest()
 
 
 def label_names(data: FilesData | HubData | BankDemo | RetailDemo) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -28,7 +28,7 @@ from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
 from accord_simulations.compare import compare, comparison_plan
 from accord_simulations.engine import Engine, Secured, check_start
-from accord_simulations.output import OutputFolder, claim
+from accord_simulations.output import OutputFolder, RunIdentity, claim
 from accord_simulations.prepare import Prepared, prepare, resolve_scenario
 from accord_simulations.progress import Progress
 from accord_simulations.resources import PeakMemory, versions
@@ -80,8 +80,9 @@ def simulate(
     noise_multiplier(resolved.plan)  # an ε that cannot be had is refused before anything is written
     for name in options.compare:
         comparison_plan(resolved, changes, name)
+    identity = RunIdentity(resolved.plan.hash, scenario.digest, resolved.population.digest)
     display = progress or Progress(metric="", epsilon_target=None, enabled=False)
-    with claim(options.out, resolved.plan.hash, resume=options.resume) as folder:
+    with claim(options.out, identity, resume=options.resume) as folder:
         for counts in resolved.population.counts:
             display.note(str(counts))
         with PeakMemory() as memory:

@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from accord_shared.canonical import canonical_hash
 from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.errors import PlanError
-from accord_shared.plan import Plan, apply_changes, first_problem, make_plan, read_toml
+from accord_shared.plan import Plan, apply_changes, first_problem, label_text, make_plan, read_toml
 from accord_shared.secagg.thresholds import COMPLETE_MAX
 from accord_simulations.faults import TRIPS, FaultSpec
 from accord_simulations.population import DataSpec, Population, PopulationSpec, label_names
@@ -101,6 +102,11 @@ class Scenario(_Table):
     auto: Auto | None = None
     tuned: tuple[Tuned, ...] = ()
     compare: dict[str, dict[str, Any]] = {}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of all that a run depends on beside its plan and its records."""
+        return canonical_hash(self.model_dump(mode="json", include={"data", "population", "faults", "compare"}))
 
 
 def shipped() -> dict[str, Path]:
@@ -211,10 +217,12 @@ def resolve(
     """Fill what a scenario may leave to the population, apply tuned keys, then the user's `changes`.
 
     Tuned keys are those of `tuned_for`, if there are any, or of the plan's noise mode. Labels, unit of privacy, mean
-    records per participant and the cohort's size are public facts of a simulated population.
+    records per participant and the cohort's size are public facts of a simulated population. The
+    population that is returned has its classes numbered as the plan does.
 
     Raises:
         PlanError: the result contradicts itself or the population.
+        DataError: records have a label that the plan does not.
     """
     facts = Facts.of(population)
     plan, matching = _planned(scenario, facts, changes, model_digest, tuned_for)
@@ -223,7 +231,7 @@ def resolve(
         plan = plan.revised({"server.learning_rate": scenario.auto.learning_rate(plan)})
     return Resolved(
         scenario=scenario,
-        population=population,
+        population=population.labelled(plan.task.labels),
         plan=plan,
         tuned=tuple(entry.how for entry in matching),
     )
@@ -281,7 +289,7 @@ def _planned(
     facts: dict[str, Any] = {
         "run.name": scenario.scenario.name,
         "task.labels": list(known.labels),
-        "task.label_texts": list(known.label_texts),
+        "task.label_texts": _label_texts(known, scenario.plan.get("task", {}), changes),
         "task.unit": known.unit,
         "local.expected_records": max(1, round(known.records / participants)),
         "cohort.size": participants,
@@ -294,6 +302,8 @@ def _planned(
     if model_digest is not None:
         facts["model.digest"] = model_digest
     given = _flat(scenario.plan)
+    if "task.labels" in changes:  # texts follow their labels, also those of the scenario
+        given = given - {"task.label_texts"}
     base = apply_changes(scenario.plan, {key: value for key, value in facts.items() if key not in given})
     wanted = apply_changes(base, dict(changes))
     if wanted.get("privacy", {}).get("noise") == "none" and "privacy.epsilon" not in changes:
@@ -310,6 +320,21 @@ def _planned(
     if plan.cohort.size > participants:
         raise PlanError(f"cohort.size = {plan.cohort.size}, but population.participants = {participants}")
     return plan, matching
+
+
+def _label_texts(known: Facts, task: Mapping[str, Any], changes: Mapping[str, Any]) -> list[str]:
+    """By name: labels may be given in an order of their own, here or there."""
+    texts = dict(zip(known.labels, known.label_texts, strict=True))
+    own = _names(task.get("labels")) or list(known.labels)
+    given = _names(task.get("label_texts"))
+    if len(given) == len(own):
+        texts |= dict(zip(own, given, strict=True))
+    return [texts.get(label) or label_text(label) for label in _names(changes.get("task.labels")) or own]
+
+
+def _names(value: Any) -> list[str]:
+    """A list of names; what is none is left to the plan to refuse."""
+    return list(value) if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value) else []
 
 
 def _with_makeup_rounds(table: dict[str, Any], scenario: Scenario, changes: Mapping[str, Any]) -> dict[str, Any]:

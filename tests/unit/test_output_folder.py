@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,14 @@ from accord_shared.errors import AlreadyRunning, Interrupted, ModelError, Output
 from accord_shared.files import make_private, open_private
 from accord_simulations import output
 from accord_simulations.faults import FaultSpec
-from accord_simulations.output import claim, numbered
+from accord_simulations.output import RunIdentity, claim, numbered
 from accord_simulations.participants import WorkFolder
 
-PLAN = "a" * 64
+RUN = RunIdentity("a" * 64, "b" * 64, "c" * 64)
 
 
 def _hold(path: Path, ready: object, go: object) -> None:
-    with claim(path, PLAN, resume=False) as folder:
+    with claim(path, RUN, resume=False) as folder:
         folder.checkpoint.mkdir()
         (folder.checkpoint / "attempt.json").write_text("[1, 1]")
         ready.set()  # type: ignore[attr-defined]
@@ -42,14 +43,15 @@ def test_a_folder_that_another_process_holds_is_refused_until_that_dies(tmp_path
     other = context.Process(target=_hold, args=(path, ready, go))
     other.start()
     assert ready.wait(30)
-    with pytest.raises(AlreadyRunning, match="a run in it is running already"), claim(path, PLAN, resume=True):
+    with pytest.raises(AlreadyRunning, match="a run in it is running already"), claim(path, RUN, resume=True):
         pass
     assert (path / "checkpoint" / "attempt.json").exists()
     go.set()
     other.join()
-    with claim(path, PLAN, resume=True) as folder:
+    with claim(path, RUN, resume=True) as folder:
         assert folder.has_run
-    with pytest.raises(OutputError, match="belongs to plan"), claim(path, "b" * 64, resume=True):
+    other = replace(RUN, plan_hash="d" * 64)
+    with pytest.raises(OutputError, match="belongs to plan"), claim(path, other, resume=True):
         pass
 
 
@@ -64,7 +66,7 @@ def test_a_lock_file_that_was_removed_holds_nobody_s_folder(tmp_path: Path, monk
         (tmp_path / "run" / output.LOCK).unlink()
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(AlreadyRunning), claim(tmp_path / "run", PLAN, resume=False):
+    with pytest.raises(AlreadyRunning), claim(tmp_path / "run", RUN, resume=False):
         pass
 
 
@@ -73,7 +75,7 @@ def test_a_lock_file_that_was_removed_holds_nobody_s_folder(tmp_path: Path, monk
 )
 def test_where_no_round_was_begun_nothing_is_left(tmp_path: Path, error: BaseException) -> None:
     def broken(path: Path) -> None:
-        with claim(path, PLAN, resume=False) as folder:
+        with claim(path, RUN, resume=False) as folder:
             folder.work.mkdir()
             (folder.work / "x").write_text("x")
             raise error
@@ -89,16 +91,16 @@ def test_where_no_round_was_begun_nothing_is_left(tmp_path: Path, error: BaseExc
 
 def test_where_a_round_was_begun_everything_stays(tmp_path: Path) -> None:
     def broken() -> None:
-        with claim(tmp_path / "run", PLAN, resume=False) as folder:
+        with claim(tmp_path / "run", RUN, resume=False) as folder:
             folder.checkpoint.mkdir()
             (folder.checkpoint / "attempt.json").write_text("[1, 1]")
             raise RoundAborted("no")
 
     with pytest.raises(RoundAborted):
         broken()
-    with pytest.raises(OutputError, match="--resume"), claim(tmp_path / "run", PLAN, resume=False):
+    with pytest.raises(OutputError, match="--resume"), claim(tmp_path / "run", RUN, resume=False):
         pass
-    with claim(tmp_path / "run", PLAN, resume=True) as folder:
+    with claim(tmp_path / "run", RUN, resume=True) as folder:
         assert folder.has_run
 
 
@@ -107,12 +109,12 @@ def test_a_folder_that_is_not_ours_or_has_no_room_is_left_as_it_was(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OutputError), claim(path, PLAN, resume=False):
+        with pytest.raises(OutputError), claim(path, RUN, resume=False):
             pass
-    with pytest.raises(OutputError, match="no run to resume"), claim(tmp_path / "run", PLAN, resume=True):
+    with pytest.raises(OutputError, match="no run to resume"), claim(tmp_path / "run", RUN, resume=True):
         pass
     monkeypatch.setattr(output, "NEEDED_BYTES", 2**60)
-    with pytest.raises(OutputError, match="no room"), claim(tmp_path / "run", PLAN, resume=False):
+    with pytest.raises(OutputError, match="no room"), claim(tmp_path / "run", RUN, resume=False):
         pass
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
@@ -155,9 +157,9 @@ def test_what_a_run_keeps_of_its_participants_is_open_to_nobody_else(tmp_path: P
     work.note_busy(0, 1.0, 2.0)
     FeatureCache(work.cache).put("x", np.zeros(3))
     store = work.store(0)
-    store.keep_plan(PLAN, "{}")
+    store.keep_plan(RUN, "{}")
     event = SampledGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=1)
-    store.release(PLAN, 1, "m", np.zeros(3, dtype=np.float32), event)
+    store.release(RUN, 1, "m", np.zeros(3, dtype=np.float32), event)
     with store.exclusive():
         pass
     result = RoundResult(1, {}, None, 2, 2, 1, 1, {})
@@ -175,7 +177,7 @@ def test_secrets_and_logs_of_a_run_are_open_to_nobody_else(tmp_path: Path) -> No
         pass
     assert stat.S_IMODE((tmp_path / "run.log").stat().st_mode) == 0o600
     (tmp_path / "site").mkdir(mode=0o755)
-    SiteStore(tmp_path / "site").keep_plan(PLAN, "{}")
+    SiteStore(tmp_path / "site").keep_plan(RUN, "{}")
     assert open_to_others(tmp_path / "site") == []
     with open_private(tmp_path / "one", "w") as file:
         file.write("x")

@@ -104,6 +104,7 @@ def bank_demo(
         **(changes or {}),
     }
     resolved = resolve(scenario, population, wanted, digest(locate(MODEL)))
+    population = resolved.population
     if population.ceiling is None:
         raise PlanError("the population has no known ceiling")
     return Material(
