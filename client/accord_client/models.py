@@ -66,14 +66,10 @@ def _parts(root: Path) -> list[Path]:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
-    try:
+    with told(f"cannot get {repository} at {revision} from the hub"):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(MODEL_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ModelError(f"cannot get {repository} at {revision} from the hub: {reason}") from None
 
 
 def digest(folder: Path) -> str:

@@ -25,7 +25,8 @@ from accord_simulations.faults import FaultSpec
 from accord_simulations.output import RunIdentity, claim, numbered
 from accord_simulations.participants import WorkFolder
 
-RUN = RunIdentity("a" * 64, "b" * 64, "c" * 64)
+PLAN = "a" * 64
+RUN = RunIdentity(PLAN, "b" * 64, "c" * 64)
 
 
 def _hold(path: Path, ready: object, go: object) -> None:
@@ -157,9 +158,9 @@ def test_what_a_run_keeps_of_its_participants_is_open_to_nobody_else(tmp_path: P
     work.note_busy(0, 1.0, 2.0)
     FeatureCache(work.cache).put("x", np.zeros(3))
     store = work.store(0)
-    store.keep_plan(RUN, "{}")
+    store.keep_plan(PLAN, "{}")
     event = SampledGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=1)
-    store.release(RUN, 1, "m", np.zeros(3, dtype=np.float32), event)
+    store.release(PLAN, 1, "m", np.zeros(3, dtype=np.float32), event)
     with store.exclusive():
         pass
     result = RoundResult(1, {}, None, 2, 2, 1, 1, {})
@@ -177,7 +178,7 @@ def test_secrets_and_logs_of_a_run_are_open_to_nobody_else(tmp_path: Path) -> No
         pass
     assert stat.S_IMODE((tmp_path / "run.log").stat().st_mode) == 0o600
     (tmp_path / "site").mkdir(mode=0o755)
-    SiteStore(tmp_path / "site").keep_plan(RUN, "{}")
+    SiteStore(tmp_path / "site").keep_plan(PLAN, "{}")
     assert open_to_others(tmp_path / "site") == []
     with open_private(tmp_path / "one", "w") as file:
         file.write("x")
