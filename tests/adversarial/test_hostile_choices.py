@@ -24,7 +24,7 @@ from accord_shared.roster import Roster
 from accord_shared.secagg import keys
 from accord_shared.secagg import member as member_module
 from accord_shared.secagg.choices import check_choice, chose, own_choice
-from accord_shared.secagg.graph import sparse_thresholds
+from accord_shared.secagg.graph import most_left_out, sparse_thresholds
 from accord_shared.secagg.keys import Credential, RunTerms
 from accord_shared.secagg.member import Member
 from accord_shared.secagg.thresholds import Thresholds
@@ -531,3 +531,24 @@ def test_noise_is_removed_for_those_who_signed(by_signers: bool, monkeypatch: py
             assert len(part) == 36 * (1 + dropped + len(SHARED.removed(counted)))
     stays = SHARED.base + 9 + sum(SHARED.components[i] for i in SHARED.kept(counted))
     assert (8 * stays >= SHARED.variance) is by_signers
+
+
+# --- with the numbers of the protocol
+
+
+@pytest.mark.slow
+def test_killing_the_choosers_of_a_site_leaves_nobody_out_of_130() -> None:
+    """n_min = 125: attack 2 left three out; `most_left_out` is 0, so the sum is over every signer, the victim too."""
+    names = tuple(f"{index:03d}" for index in range(130))
+    setting = Setting(names=names, corrupt=(), minimum=125, colluders=0)
+    assert most_left_out(130, 125, 0, sparse_thresholds(130, 125, 0).degree or 0) == 0
+    run = World(setting).run().join()
+    victim = min(names, key=lambda name: len(run.choosers(name)))
+    dead = run.choosers(victim)
+    assert 0 < len(dead) <= 5
+    alive = [name for name in names if name not in dead]
+    for name in alive:
+        run.upload(name)
+    run.finish([names.index(name) for name in alive])
+    assert not run.world.refusals
+    assert [each.names for each in run.world.oracle.sums()] == [frozenset(alive)]
