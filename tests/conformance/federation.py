@@ -158,12 +158,14 @@ class Federation:
     absent: frozenset[str] = frozenset()
     """On the roster, but not there from the start."""
     threads: int = 1
+    sigma: float = 0.0
+    """The plan's noise multiplier, where its sites share noise."""
     participants: dict[str, Participant] = field(init=False)
 
     def __post_init__(self) -> None:
         names = names_of(self.sites)
         self.roster = roster_of(names, max(2, self.plan.cohort.minimum), self.plan.cohort.colluders)
-        self.terms = RunTerms.of(self.plan, RUN, self.roster.hash, self.sites, self.dimension, 0.0)
+        self.terms = RunTerms.of(self.plan, RUN, self.roster.hash, self.sites, self.dimension, self.sigma)
         self.participants = {name: Participant(name, self.roster, self.terms) for name in names}
         enquiry = Enquiry(PROTOCOL_VERSION, RUN, self.plan.to_json(), self.plan.hash, self.roster.hash)
         here = {name: site for name, site in self.participants.items() if name not in self.absent}
@@ -173,7 +175,7 @@ class Federation:
 
     def new_aggregation(self) -> SecureAggregation:
         """The aggregation of a coordinator that knows nothing yet."""
-        return SecureAggregation(self.plan, self.roster, self.dimension, 0.0, threads=self.threads)
+        return SecureAggregation(self.plan, self.roster, self.dimension, self.sigma, threads=self.threads)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ from accord_server.rounds import Coordinator, RoundReport
 from accord_shared.errors import BudgetExhausted, Interrupted, RoundAborted
 from accord_shared.messages import IntroduceRequest, MaskedUpload, MaskRequest, Message, Opened, SurvivorsSigned
 from accord_shared.plan import Plan
+from accord_shared.secagg import keys
+from accord_shared.secagg.thresholds import Thresholds
 from accord_shared.vectors import Vector
 from conformance.federation import RUN, Federation, secure_plan
 
@@ -530,6 +532,25 @@ def test_a_sparse_graph_sums_exactly_with_five_percent_lost(mode: str) -> None:
     assert len(aggregate.survivors) >= 133
     assert aggregate.trips == STEADY[mode] + 1  # introductions, once
     federation.check(aggregate, 1)
+
+
+def test_on_a_sparse_graph_noise_is_taken_away_for_those_who_signed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve survive and eleven sign: as much noise stays as eleven need, and the sum opens."""
+    monkeypatch.setattr(keys, "COMPLETE_MAX", 4)
+    monkeypatch.setattr(keys, "sparse_thresholds", lambda sites, minimum, _: Thresholds(sites, minimum, 2, 3))
+    noise = {"privacy.noise": "cohort", "privacy.epsilon": 1.0, "local.clip_norm": 1.0, "cohort.minimum": 10}
+    federation = Federation(plan_in("malicious", 12, **{"secure_aggregation.bound": None, **noise}), 12, sigma=1.0)
+    shares = federation.terms.noise
+    assert shares is not None
+    assert (federation.terms.degree, len(shares.components)) == (3, 2)
+    whole = federation.collect(1)
+    federation.check(whole, 1)  # all signed: nothing but what sites encoded is left
+    federation.lose({"site-004": 2})
+    aggregate = federation.collect(2)
+    assert aggregate.survivors == federation.names
+    left = np.abs(aggregate.total - federation.expected(federation.names, 2)) * federation.terms.encoding.scale
+    assert left.max() > 0
+    assert left.max() < 8 * float(12 * shares.components[0]) ** 0.5
 
 
 def test_the_coordinator_s_memory_does_not_grow_with_the_uploads() -> None:
