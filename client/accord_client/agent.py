@@ -324,11 +324,10 @@ class Agent:
             content = answered(self._handle, incoming.content)
         finally:
             self.standing.training = False
-        seconds = time.monotonic() - began
-        self._metrics.answered(seconds)
-        self._deliver(connection, incoming, content, seconds)
+        self._metrics.answered(time.monotonic() - began)
+        self._deliver(connection, incoming, content)
 
-    def _deliver(self, connection: FleetConnection, incoming: Incoming, content: RecordDict, seconds: float) -> None:
+    def _deliver(self, connection: FleetConnection, incoming: Incoming, content: RecordDict) -> None:
         """Send an answer; through a cut of the network for as long as somebody waits for it.
 
         Raises:
@@ -338,7 +337,7 @@ class Agent:
         until = metadata.created_at + metadata.ttl
         while True:
             try:
-                connection.answer(incoming, content, seconds)
+                connection.answer(incoming, content)
                 return
             except Unreachable as error:
                 if time.time() >= until or self.stopping.wait(RETRY_S):

@@ -24,7 +24,7 @@ def answered(handler: Callable[[Message], Message], content: RecordDict) -> Reco
         reply = Refusal.of(error)
     except Exception as error:  # its text, which Flower would send, may quote private records
         log.exception("a message could not be answered")
-        reply = Refusal.of(AccordError(type(error).__name__))
+        reply = Refusal.of(error)
     return encode(reply)
 
 

@@ -11,9 +11,11 @@ import json
 import logging
 import ssl
 import threading
+from base64 import b64encode
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Message as FlowerMessage
 from flwr.app import RecordDict
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -33,6 +35,7 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
@@ -44,9 +47,9 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_objects,
 )
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from accord_shared.errors import NotAdmitted, OutputError, ProtocolError, Unreachable
 from accord_shared.files import write_atomic
@@ -60,6 +63,25 @@ PULL_BACKOFF_S = 0.02
 """First pause where a message is announced before its objects are there; Flower's own is 1 s."""
 CALL_S = 30.0
 HEARTBEAT_S = 0.6 * HEARTBEAT_DEFAULT_INTERVAL
+
+
+class _SignedTime:
+    """What Flower asks of a node with every request: its key, the time, and a signature over the time.
+
+    Flower's own says the time to the microsecond, and so when an answer was ready: whole seconds do.
+    """
+
+    def __init__(self, key: EllipticCurvePrivateKey) -> None:
+        self._key = key
+        self._public = b64encode(public_key_to_bytes(key.public_key())).decode("ascii")
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Add the three headers."""
+        timestamp = datetime.now(UTC).replace(microsecond=0).isoformat()
+        signature = b64encode(sign_message(self._key, timestamp.encode("ascii"))).decode("ascii")
+        names = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
+        context.request.headers.update(zip(names, (self._public, timestamp, signature), strict=True))
+        return call_next(context)
 
 
 @dataclass(frozen=True)
@@ -106,7 +128,7 @@ class FleetConnection:
             verify=False,  # of the client that is replaced before it is used
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(key, key.public_key()),
+                _SignedTime(key),
             ],
         )
         self._client._client.close()
@@ -180,10 +202,16 @@ class FleetConnection:
         whole.metadata.__dict__["_message_id"] = tree.object_id
         return whole
 
-    def answer(self, incoming: Incoming, content: RecordDict, seconds: float) -> None:
-        """Send the reply to a message that took `seconds` to answer; after `Unreachable` it may be sent again."""
+    def answer(self, incoming: Incoming, content: RecordDict) -> None:
+        """Send the reply to a message; after `Unreachable` it may be sent again.
+
+        What Flower would add of this machine's clock tells how long the answer took, and that depends on the records:
+        beside its content a reply says nothing that the request did not.
+        """
+        asked = incoming.message.metadata
         reply = FlowerMessage(content, reply_to=incoming.message)
-        reply.metadata.__dict__["_src_node_id"] = self._node.node_id
+        added = {"_src_node_id": self._node.node_id, "_created_at": asked.created_at, "_ttl": asked.ttl}
+        reply.metadata.__dict__.update(added)
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
@@ -194,7 +222,6 @@ class FleetConnection:
                 node=self._node,
                 messages_list=[bare],
                 message_object_trees=[tree],
-                clientapp_runtime_list=[seconds],
             ),
         )
         push = make_push_object_fn_protobuf(

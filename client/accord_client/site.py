@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -31,6 +32,8 @@ from accord_shared.errors import (
     PrivacyError,
     ProtocolError,
     RoundOpened,
+    Withheld,
+    printable,
 )
 from accord_shared.messages import (
     Enquiry,
@@ -106,6 +109,8 @@ class Site:
         self._least_secure_aggregation = least_secure_aggregation
         self._accept_without_privacy = accept_without_privacy
         self._generator = generator or SecureGenerator()
+        self.last_refusal = ""
+        """Kind and reason of the last refusal in full, for the site's own operator."""
         self._plans: dict[str, Plan] = {}
         self._batches: dict[str, tuple[Batches, Batches | None]] = {}
 
@@ -114,7 +119,8 @@ class Site:
         try:
             return self.answer(message)
         except AccordError as error:
-            log.warning("%s refuses: %s: %s", self.name, type(error).__name__, error)
+            self.last_refusal = printable(f"{type(error).__name__}: {error}")
+            log.warning("%s refuses: %s", self.name, self.last_refusal)
             return Refusal.of(error)
 
     def answer(self, message: Message) -> Message:
@@ -266,7 +272,8 @@ class Site:
         event = self._checked_event(plan, shares)
         self._check_weights(request, plan)
         self._reserve(request, event)
-        words = encode(self._unnoised(request, plan), shares, self._generator)
+        with _withheld():
+            words = encode(self._unnoised(request, plan), shares, self._generator)
         self._charge(request, event, None, heads)
         return words
 
@@ -355,7 +362,8 @@ class Site:
             raise ProtocolError(f"round {request.round} was released before, from other weights")
         else:
             update = self._store.last_update(spent)
-        check_finite(update, "the update")  # after its charge: how often noise overflows tells of what it hides
+        with _withheld():
+            check_finite(update, "the update")  # after its charge: how often noise overflows tells of what it hides
         return update
 
     def _check_budget(self, plan: Plan, spent: Releases) -> None:
@@ -376,10 +384,11 @@ class Site:
             "runtime": workspace.runtime,
         }
         counts = np.empty(0, dtype=np.float32)
-        if plan.extra_coordinates:
-            workspace.model.load(request.weights)
-            counts = released_counts(workspace.model, held_back, plan.local, **noise).astype(np.float32)
-        result = train(workspace.model, records, plan.local, request.weights, **noise)
+        with _withheld():
+            if plan.extra_coordinates:
+                workspace.model.load(request.weights)
+                counts = released_counts(workspace.model, held_back, plan.local, **noise).astype(np.float32)
+            result = train(workspace.model, records, plan.local, request.weights, **noise)
         update = np.concatenate([result.update, counts])
         self._charge(request, event, update)
         return update
@@ -387,12 +396,24 @@ class Site:
     def _records(self, plan: Plan, workspace: Workspace) -> tuple[Batches, Batches | None]:
         """Records to train on, and those held back to score."""
         if plan.hash not in self._batches:
-            rest, held_back = hold_back(self._examples_of(plan), plan.evaluation.released_fraction)
-            if not len(rest):
-                raise DataError(f"{self.name} has no records")
-            scored = workspace.batches(held_back) if len(held_back) else None
-            self._batches[plan.hash] = (workspace.batches(rest), scored)
+            with _withheld():
+                rest, held_back = hold_back(self._examples_of(plan), plan.evaluation.released_fraction)
+                if not len(rest):
+                    raise DataError(f"{self.name} has no records")
+                scored = workspace.batches(held_back) if len(held_back) else None
+                self._batches[plan.hash] = (workspace.batches(rest), scored)
         return self._batches[plan.hash]
+
+
+@contextmanager
+def _withheld() -> Iterator[None]:
+    """Around all that reads records: whatever fails there may depend on them, so the coordinator learns that alone."""
+    try:
+        yield
+    except Withheld:
+        raise
+    except AccordError as error:
+        raise Withheld(f"{type(error).__name__}: {error}") from error
 
 
 def _check_version(version: int) -> None:

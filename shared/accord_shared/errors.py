@@ -154,6 +154,10 @@ class NonFinite(Refused):
     """NaN or infinity in data, weights or an update."""
 
 
+class Withheld(AccordError):
+    """A site could not use its records. What it says is for the site alone; the coordinator learns the kind."""
+
+
 class Aborted(AccordError):
     """The run stopped before its end and can be resumed."""
 
@@ -181,20 +185,17 @@ class Interrupted(AccordError):
 REFUSALS: dict[str, type[AccordError]] = {
     kind.__name__: kind
     for kind in (
-        AccordError,
+        Withheld,
         PrivacyError,
         BudgetExhausted,
         LimitReached,
         LedgerDamaged,
         LedgerRolledBack,
         UnknownMechanism,
-        UnsupportedLayer,
         ProtocolError,
         SessionLost,
         LedgerBehind,
         RoundOpened,
-        NonFinite,
-        DataError,
         ModelError,
         OutputError,
         MissingExtra,
@@ -206,7 +207,8 @@ REFUSALS: dict[str, type[AccordError]] = {
         ClockSkew,
     )
 }
-"""Refusals that a site may send to the coordinator by name."""
+"""Refusals that a site may send to the coordinator by name: they follow from plan, messages, ledger and machine. Any
+other travels as `Withheld`."""
 
 REFUSALS_IN_WORDS = (
     ProtocolError,

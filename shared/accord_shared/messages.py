@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from accord_shared.errors import REFUSALS, REFUSALS_IN_WORDS, AccordError, ProtocolError
+from accord_shared.errors import REFUSALS, REFUSALS_IN_WORDS, AccordError, ProtocolError, Withheld
 from accord_shared.vectors import Vector
 
 Octets = npt.NDArray[np.uint8]
@@ -181,6 +181,9 @@ class Opened:
     shares: tuple[bytes, ...]
 
 
+_NO_WORDS = "see the site's own log"
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Site → coordinator: no, by the name of a typed error and one line without private data."""
@@ -189,14 +192,16 @@ class Refusal:
     reason: str
 
     @staticmethod
-    def of(error: AccordError) -> Refusal:
+    def of(error: Exception) -> Refusal:
         """The refusal that tells `error` to the other side.
 
-        Only refusals about public things (`REFUSALS_IN_WORDS`) travel with their words: a `DataError` quotes
-        cells of private records, and is named only.
+        Kinds in `REFUSALS` go by their name, those in `REFUSALS_IN_WORDS` with their words. Anything else may depend on
+        private records: it is the same refusal, byte for byte, whatever happened.
         """
+        if type(error).__name__ not in REFUSALS:
+            return Refusal(kind=Withheld.__name__, reason=_NO_WORDS)
         in_words = isinstance(error, REFUSALS_IN_WORDS)
-        reason = next(iter(str(error).splitlines()), "")[:300] if in_words else "see the site's own log"
+        reason = next(iter(str(error).splitlines()), "")[:300] if in_words else _NO_WORDS
         return Refusal(kind=type(error).__name__, reason=reason)
 
     def error(self) -> AccordError:

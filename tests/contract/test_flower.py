@@ -133,7 +133,7 @@ def answer_one(site: FleetConnection, within_s: float = 20.0) -> None:
         time.sleep(0.02)
     request = decode(incoming.content)
     assert isinstance(request, TrainRequest)
-    site.answer(incoming, encode(TrainReply(request.run_id, request.round, request.attempt, request.weights + 1)), 0.1)
+    site.answer(incoming, encode(TrainReply(request.run_id, request.round, request.attempt, request.weights + 1)))
 
 
 def test_flwr_is_the_version_that_is_pinned() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from accord_shared import PROTOCOL_VERSION
+from accord_client import site as site_module
+from accord_client.app import answered
+from accord_client.site import Site
+from accord_shared import PROTOCOL_VERSION, errors
 from accord_shared.errors import (
     REFUSALS,
     AccordError,
@@ -22,6 +26,7 @@ from accord_shared.errors import (
     PlanError,
     PrivacyError,
     ProtocolError,
+    Withheld,
 )
 from accord_shared.messages import (
     Enquiry,
@@ -40,7 +45,8 @@ from accord_shared.messages import (
     TrainRequest,
 )
 from accord_shared.wire import INLINE, decode, encode, payload_bytes
-from conformance.lab import Lab, ask, dimension, join, lab_plan, request
+from conformance.lab import Lab, ask, dimension, join, joint_weights, lab_plan, request
+from conformance.secure_lab import SecureLab, secure_lab_plan
 
 VECTOR = np.array([1.5, -0.0, 3e-39, 3e38], dtype=np.float32)
 MESSAGES: list[Message] = [
@@ -296,11 +302,19 @@ def test_what_a_refusing_site_emits(tmp_path: Path) -> None:
 SECRET = "Mrs Miller, IBAN DE02 1203"
 
 
-@pytest.mark.parametrize("kind", [DataError, ModelError, NonFinite, PrivacyError, OutputError, AccordError])
-def test_words_about_private_things_stay_at_home(kind: type[AccordError]) -> None:
+@pytest.mark.parametrize("kind", [ModelError, PrivacyError, OutputError])
+def test_words_about_the_machine_stay_at_home(kind: type[AccordError]) -> None:
     refusal = Refusal.of(kind(f"row 3: {SECRET}"))
     assert refusal.kind == kind.__name__
     assert SECRET not in refusal.reason
+
+
+def test_every_kind_that_is_not_named_is_the_same_refusal() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AccordError)]
+    others = [kind for kind in kinds if kind.__name__ not in REFUSALS]
+    assert {DataError, NonFinite, AccordError} <= set(others)
+    refusals = {Refusal.of(kind(f"row 3: {SECRET}")) for kind in (*others, Withheld, IndexError, MemoryError)}
+    assert refusals == {Refusal("Withheld", "see the site's own log")}
 
 
 @pytest.mark.parametrize("kind", [ProtocolError, BudgetExhausted, PlanError])
@@ -312,18 +326,88 @@ def test_words_about_public_things_travel_in_one_short_line(kind: type[AccordErr
     assert type(refusal.error()) is kind
 
 
-def test_a_data_error_of_a_site_leaves_without_its_cell(tmp_path: Path) -> None:
-    lab, plan = Lab(tmp_path), lab_plan()
-    site = lab.joined(plan)
+def unreadable(kind: type[Exception]) -> Callable[[pytest.MonkeyPatch, Site], None]:
+    """Records that cannot be read."""
 
     def broken(_: object) -> Any:
-        raise DataError(f"train.csv row 3: label {SECRET!r} is not a label of the plan")
+        raise kind(f"train.csv row 3: label {SECRET!r} is not a label of the plan")
 
-    site._examples_of = broken
-    answer = ask(site, plan, lab, 1)
-    assert isinstance(answer, Refusal)
-    assert answer.kind == "DataError"
-    assert SECRET not in str(emitted(answer))
+    return lambda patch, site: patch.setattr(site, "_examples_of", broken)
+
+
+def untrainable(patch: pytest.MonkeyPatch, _: Site) -> None:
+    """Records on which training fails."""
+
+    def broken(*_: object, **__: object) -> Any:
+        raise PlanError(f"no gradient at {SECRET}")
+
+    patch.setattr(site_module, "train", broken)
+    patch.setattr(site_module, "clipped_gradient", broken)
+
+
+def overflowing(patch: pytest.MonkeyPatch, _: Site) -> None:
+    """Records whose update is no number."""
+
+    def broken(_: object, what: str) -> None:
+        if what == "the update":
+            raise NonFinite(what)
+
+    patch.setattr(site_module, "check_finite", broken)
+
+
+def empty(patch: pytest.MonkeyPatch, site: Site) -> None:
+    """No records at all."""
+    examples = site._examples_of
+    patch.setattr(site, "_examples_of", lambda plan: examples(plan).take([]))
+
+
+def held_up(lab: SecureLab, patch: pytest.MonkeyPatch) -> tuple[Site, Message]:
+    """A site and the request to train that has reached it, but was not looked at yet."""
+    site, kept = lab.sites[lab.names[0]], list[Message]()
+    handle = site.handle
+
+    def hold(message: Message) -> Message:
+        if not isinstance(message, MaskRequest):
+            return handle(message)
+        kept.append(message)
+        return Refusal("SitePaused", "")
+
+    with patch.context() as short:
+        short.setattr(site, "handle", hold)
+        lab.collect(1)
+    return site, kept[0]
+
+
+TROUBLE: dict[str, Callable[[pytest.MonkeyPatch, Site], None]] = {
+    **{kind.__name__: unreadable(kind) for kind in (DataError, PlanError, ProtocolError, OutputError, IndexError)},
+    "untrainable": untrainable,
+    "empty": empty,
+    "overflowing": overflowing,
+}
+
+CLAMPED = ("overflowing", "cohort")
+"""What is encoded under shared noise is clamped first."""
+
+
+@pytest.mark.parametrize(
+    ("trouble", "noise"),
+    [(trouble, noise) for trouble in TROUBLE for noise in ("site", "cohort") if (trouble, noise) != CLAMPED],
+)
+def test_whatever_fails_on_records_is_one_refusal_on_the_wire(
+    trouble: str, noise: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reason stays at the site, which shows it to its operator."""
+    if noise == "cohort":
+        secure = SecureLab(tmp_path, secure_lab_plan(**{"privacy.noise": "cohort"}))
+        secure.exchange.join()
+        site, message = held_up(secure, monkeypatch)
+    else:
+        lab, plan = Lab(tmp_path), lab_plan()
+        site, message = lab.joined(plan), request(plan, 1, joint_weights(plan, lab, 1))
+    TROUBLE[trouble](monkeypatch, site)
+    content = answered(site.handle, encode(message))
+    assert decode(content) == Refusal("Withheld", "see the site's own log")
+    assert trouble == "IndexError" or "Error" in site.last_refusal or "NonFinite" in site.last_refusal
 
 
 def test_an_accident_at_a_site_leaves_without_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
