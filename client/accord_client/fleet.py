@@ -80,7 +80,7 @@ class _SignedTime:
         timestamp = datetime.now(UTC).replace(microsecond=0).isoformat()
         signature = b64encode(sign_message(self._key, timestamp.encode("ascii"))).decode("ascii")
         names = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
-        context.request.headers.update(zip(names, (self._public, timestamp, signature), strict=True))
+        context.request.headers.update(dict(zip(names, (self._public, timestamp, signature), strict=True)))
         return call_next(context)
 
 

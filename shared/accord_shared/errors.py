@@ -196,6 +196,7 @@ REFUSALS: dict[str, type[AccordError]] = {
         SessionLost,
         LedgerBehind,
         RoundOpened,
+        NonFinite,
         ModelError,
         OutputError,
         MissingExtra,

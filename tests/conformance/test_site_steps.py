@@ -14,7 +14,7 @@ from accord_client.trainer import LocalUpdate, Runtime, train
 from accord_shared.dp.accounting import epsilon, noise_multiplier
 from accord_shared.dp.events import SampledGaussian
 from accord_shared.dp.noise import SecureGenerator
-from accord_shared.errors import NonFinite, PrivacyError
+from accord_shared.errors import NonFinite, PrivacyError, Withheld
 from accord_shared.messages import Refusal
 from conformance.lab import (
     CountingGenerator,
@@ -182,7 +182,8 @@ def test_noise_that_overflows_is_never_released_and_always_paid(tmp_path: Path) 
     for attempt in (1, 2, 3):
         answer = ask(site, plan, lab, 1, attempt=attempt)
         assert isinstance(answer, Refusal)
-        assert answer.kind == NonFinite.__name__
+        assert answer.kind == Withheld.__name__
+        assert "NonFinite" in site.last_refusal
         assert site.releases(plan).rounds == 1
     for number in (2, 3, 4):
         ask(site, plan, lab, number)
@@ -194,9 +195,11 @@ def test_a_trainer_that_skips_a_step_is_told(tmp_path: Path, monkeypatch: pytest
 
     lab, plan = Lab(tmp_path), lab_plan({**FAST, "local.steps_per_round": 2})
     monkeypatch.setattr(ClippedOptimizer, "pre_step", lambda self, closure=None: False)
-    answer = ask(lab.joined(plan), plan, lab, 1)
+    site = lab.joined(plan)
+    answer = ask(site, plan, lab, 1)
     assert isinstance(answer, Refusal)
-    assert answer.kind == PrivacyError.__name__
+    assert answer.kind == Withheld.__name__
+    assert "PrivacyError" in site.last_refusal
 
 
 @pytest.mark.parametrize("noise", ["cohort", "participant"])
