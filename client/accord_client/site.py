@@ -57,6 +57,8 @@ from accord_shared.secagg.masking import Words
 from accord_shared.vectors import Vector, check_finite, check_length
 
 log = logging.getLogger(__name__)
+RESTARTS = 8
+"""A coordinator that restarts within a round begins its attempts anew: so often, under `site` noise, it may."""
 SecureMode = Literal["malicious", "semi_honest", "off"]
 _STRENGTH: dict[str, int] = {"off": 0, "semi_honest": 1, "malicious": 2}
 
@@ -255,6 +257,7 @@ class Site:
                 self._store.ledger.witness(heads)  # R11
                 update = self._update(request, plan, spent)
                 if request.round == spent.last_round:
+                    _check_repeats(plan, spent)
                     self._store.note_attempt(request.plan_hash, request.attempt)
                 words = encode(update, terms.encoding, self._generator)
             return self._secured().mask(request.run_id, words, self._store.ledger.statement())
@@ -403,6 +406,13 @@ class Site:
                 scored = workspace.batches(held_back) if len(held_back) else None
                 self._batches[plan.hash] = (workspace.batches(rest), scored)
         return self._batches[plan.hash]
+
+
+def _check_repeats(plan: Plan, spent: Releases) -> None:
+    """One update is masked for the attempts of a round at most, and those of a coordinator that restarts a while."""
+    most = RESTARTS * (1 + plan.run.max_extra_attempts)
+    if spent.repeats + 1 >= most:
+        raise ProtocolError(f"R2: round {spent.last_round} was masked for {most} attempts")
 
 
 @contextmanager

@@ -52,9 +52,16 @@ class SiteStore:
         write_atomic(self._folder / f"plan-{plan_hash}.plan", plan_json.encode(), mode=0o600)
 
     def plan_json(self, plan_hash: str) -> str | None:
-        """The plan that was joined under this hash."""
+        """The plan that was joined under this hash.
+
+        Raises:
+            PrivacyError: its file cannot be read.
+        """
         path = self._folder / f"plan-{plan_hash}.plan"
-        return path.read_text() if path.exists() else None
+        try:
+            return path.read_text(encoding="utf-8") if path.exists() else None
+        except (OSError, UnicodeDecodeError):
+            raise PrivacyError(f"{path.name} cannot be read") from None
 
     def releases(self, plan_hash: str) -> Releases:
         """What was released under the plan so far.

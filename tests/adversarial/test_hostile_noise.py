@@ -25,6 +25,7 @@ from accord_client.gradients import GradientTape
 from accord_client.ledger.entries import DataSet, Limits, Released, Reserved
 from accord_client.ledger.ledger import Ledger
 from accord_client.ledger.receipts import Receipt
+from accord_client.site import RESTARTS
 from accord_client.trainer import clipped_update
 from accord_shared.dp.accounting import SLACK, epsilon, gaussian_epsilon, noise_multiplier, round_event, run_epsilon
 from accord_shared.dp.discrete import (
@@ -552,6 +553,10 @@ def kinds(lab: SecureLab, name: str) -> list[str]:
     return [entry["kind"] for entry in lab.labs[name].store().ledger.entries()]
 
 
+def reserved(lab: SecureLab, name: str) -> Any:
+    return lab.labs[name].store().ledger.verify().reservation(lab.plan.hash)
+
+
 def test_every_attempt_is_reserved_charged_and_fresh(lab: SecureLab) -> None:
     """In this order, all on disk before a byte leaves; no two uploads have noise or sample in common."""
     never_open(lab)
@@ -560,7 +565,8 @@ def test_every_attempt_is_reserved_charged_and_fresh(lab: SecureLab) -> None:
 
     def watch(words: Any) -> None:
         encoded.append(_signed(words.copy(), lab.terms.bits).astype(float))
-        assert kinds(lab, name)[-2:] == ["reserve", "release"]
+        assert kinds(lab, name)[-1:] == ["release"]
+        assert reserved(lab, name) is None
         assert lab.rounds(name) == len(encoded)
 
     lab.members[name].before_mask = watch  # type: ignore[method-assign]
@@ -568,7 +574,7 @@ def test_every_attempt_is_reserved_charged_and_fresh(lab: SecureLab) -> None:
     generator = lab.sites[name]._generator
 
     def unnoised(request: MaskRequest, plan: Plan) -> Any:
-        assert kinds(lab, name)[-1] == "reserve"
+        assert reserved(lab, name).attempt == request.attempt
         assert lab.sites[name]._generator is generator
         return trained(request, plan)
 
@@ -605,6 +611,22 @@ def test_releases_end_with_the_reserve(tmp_path: Path) -> None:
         assert sum(isinstance(reply, MaskedUpload) for reply in lab.replies[name]) == 3
         events = lab.sites[name].releases(lab.plan).events
         assert epsilon(events, lab.plan.privacy.delta, "rdp") <= (lab.plan.privacy.epsilon or 0)
+
+
+def test_an_update_with_its_own_noise_is_masked_for_so_many_attempts_and_no_more(tmp_path: Path) -> None:
+    lab = lab_of(tmp_path, **{"privacy.noise": "site", "run.max_extra_attempts": 0})
+    never_open(lab)
+    head, answers = None, []
+    for attempt in range(1, RESTARTS + 3):
+        lab.collect(1, attempt)
+        answers.append(lab.replies[lab.names[0]][-1])
+        head = head or lab.labs[lab.names[0]].store().ledger.head()
+    refused = [isinstance(answer, Refusal) for answer in answers]
+    uploads = sum(isinstance(reply, MaskedUpload) for reply in lab.replies[lab.names[0]])
+    assert uploads == RESTARTS
+    assert refused[-2:] == [True, True]
+    assert lab.labs[lab.names[0]].store().ledger.head() == head  # the ledger grows by charges alone
+    assert lab.rounds(lab.names[0]) == 1
 
 
 def test_a_round_is_not_repeated_from_other_weights(lab: SecureLab) -> None:
@@ -800,7 +822,7 @@ def test_a_head_is_signed(lab: SecureLab) -> None:
     bundle = next(reply for reply in lab.replies[lab.names[0]] if isinstance(reply, MaskedUpload)).next_bundle
     member = lab.roster.member(lab.names[0])
     read = Bundle.read(bundle, lab.terms, member)
-    assert read.head.seq >= 3
+    assert read.head.seq >= 2
     for place in range(52, 92):
         changed = bytearray(bundle)
         changed[place] ^= 1

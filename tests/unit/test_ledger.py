@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from accord_client.ledger.receipts import Receipt
 from accord_shared.dp.accounting import epsilon
 from accord_shared.dp.events import Event, SampledGaussian, SharedGaussian
 from accord_shared.errors import (
+    AccordError,
     LedgerBehind,
     LedgerDamaged,
     LedgerRolledBack,
@@ -329,7 +331,7 @@ def raw(folder: Path) -> sqlite3.Connection:
 
 
 def restore_triggers(connection: sqlite3.Connection) -> None:
-    for statement in chain._SCHEMA[2:]:
+    for statement in chain._SCHEMA[3:]:
         connection.execute(statement)
     connection.close()
 
@@ -338,7 +340,7 @@ def restore_triggers(connection: sqlite3.Connection) -> None:
     "statement",
     [
         "UPDATE entries SET body = '{}' WHERE seq = 2",
-        "DELETE FROM entries WHERE seq = 3",
+        "DELETE FROM entries WHERE seq = 2",
         "DELETE FROM entries",
         "INSERT OR REPLACE INTO entries SELECT seq, time, nonce, kind, '{}', hash FROM entries WHERE seq = 2",
         "INSERT INTO entries SELECT -seq, time, nonce, kind, body, hash FROM entries",
@@ -369,9 +371,9 @@ EDITS = {
     "another nonce": "UPDATE entries SET nonce = zeroblob(16) WHERE seq = 3",
     "another time": "UPDATE entries SET time = time - 1 WHERE seq = 3",
     "a negative time": "UPDATE entries SET time = -1 WHERE seq = 3",
-    "another kind": "UPDATE entries SET kind = 'reserve' WHERE kind = 'release'",
+    "another kind": "UPDATE entries SET kind = 'open' WHERE kind = 'release'",
     "another number": "UPDATE entries SET seq = seq + 1 WHERE seq = (SELECT max(seq) FROM entries)",
-    "a deleted row": "DELETE FROM entries WHERE seq = 3",
+    "a deleted row": "DELETE FROM entries WHERE seq = 2",
     "the first row gone": "DELETE FROM entries WHERE seq = 1",
     "all rows gone": "DELETE FROM entries",
     "a text of bytes": "UPDATE entries SET body = CAST(x'ff' AS TEXT) WHERE seq = 3",
@@ -397,14 +399,14 @@ def test_an_edited_file_is_refused(edit: str, ledger: Ledger, folder: Path) -> N
         ):
             with pytest.raises(PrivacyError):
                 action()
-    assert known.seq == 5
+    assert known.seq == 3
 
 
 def test_the_newest_row_gone_is_refused_by_who_knew_it(ledger: Ledger, folder: Path) -> None:
     spend(ledger, 1, 2)
     head = ledger.head()
     connection = raw(folder)
-    connection.execute("DELETE FROM entries WHERE seq = 5")
+    connection.execute("DELETE FROM entries WHERE seq = 3")
     restore_triggers(connection)
     with pytest.raises(LedgerRolledBack, match="accord site ledger recover"):
         ledger.releases(PLAN)
@@ -454,7 +456,7 @@ def test_an_entry_that_makes_no_sense_is_refused(kind: str, body: Any, ledger: L
     if kind == "release" and body and isinstance(body, dict):
         *_, last = ledger.entries()
         body = {**last["body"], **body}
-    rehashed(folder, 3, kind, json.dumps(body))
+    rehashed(folder, 2, kind, json.dumps(body))
     with pytest.raises(LedgerDamaged):
         Ledger(folder).releases(PLAN)
 
@@ -471,22 +473,97 @@ def test_a_truncated_file_is_refused(share: float, ledger: Ledger, folder: Path)
         release(Ledger(folder), step(31))
 
 
-def test_every_flipped_byte_is_harmless_or_refused(ledger: Ledger, folder: Path) -> None:
-    """Harmless are pages and counters that hold nothing of ours: then what was spent is what it was."""
+def everything(ledger: Ledger) -> None:
+    """Each thing that is ever asked of a ledger."""
+    assert ledger.verify().plan(PLAN).rounds == 1
+    assert ledger.releases(PLAN).rounds == 1
+    assert ledger.epsilon("d", DELTA) > 0
+    list(ledger.entries())
+    ledger.witnessed()
+    ledger.check_witness(Head(2, b"\x01" * 32))
+
+
+def more(ledger: Ledger) -> None:
+    """And what writes."""
+    ledger.witness({"b": seen(9, 3), "c": seen(1, 1)})
+    ledger.reserve(step(2))
+    release(ledger, step(2))
+    ledger.note_attempt(PLAN, 2)
+    ledger.statement()
+    ledger.recover(Ledger(ledger._chain.folder.with_name("other")).receipt("site", ME), ME)
+    ledger.void(OTHER)
+
+
+@pytest.fixture
+def used(ledger: Ledger, folder: Path) -> Path:
+    """The file of a ledger with all kinds of rows."""
     spend(ledger, 1)
+    ledger.note_attempt(PLAN, 2)
+    ledger.reserve(step(1, plan=OTHER))
+    ledger.witness({"b": seen(5), "c": seen(7, 2)})
+    release(Ledger(folder.with_name("other")), step(1))
     chain.close_all()
-    path = folder / "ledger.db"
-    data, refused = path.read_bytes(), 0
-    for at in range(0, len(data), 41):
-        path.write_bytes(data[:at] + bytes([data[at] ^ 0x41]) + data[at + 1 :])
+    return folder / "ledger.db"
+
+
+def flipped(file: Path, whole: bytes, at: int, mask: int) -> bool:
+    """Whether one changed byte is refused, by typed errors alone; harmless is what changes no count."""
+    refused = False
+    for action in (everything, more):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
+        marker = file.with_name("ledger.id")
+        kept = marker.read_bytes()
         try:
-            assert Ledger(folder).verify().plan(PLAN).rounds == 1
-        except (LedgerDamaged, OutputError):
-            refused += 1
+            action(Ledger(file.parent, durable=False))
+        except AccordError:
+            refused = True
         chain.close_all()
+        marker.write_bytes(kept)
         for extra in ("-wal", "-shm", "-journal"):
-            (folder / f"ledger.db{extra}").unlink(missing_ok=True)
-    assert refused > 20
+            file.with_name(f"ledger.db{extra}").unlink(missing_ok=True)
+    return refused
+
+
+@pytest.mark.parametrize("every", [41, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_every_flipped_byte_is_harmless_or_refused(every: int, used: Path) -> None:
+    """Harmless are pages and counters that hold nothing of ours: then what was spent is what it was."""
+    whole = used.read_bytes()
+    refused = [flipped(used, whole, at, 0x41) for at in range(0, len(whole), every)]
+    assert sum(refused) > 20
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
+def test_any_flipped_byte_gives_typed_errors_alone(at: float, mask: int, used: Path) -> None:
+    chain.close_all()
+    whole = used.read_bytes()
+    flipped(used, whole, int(at * len(whole)), mask)
+    used.write_bytes(whole)
+
+
+WRONG = {
+    "the newest hash is text": "UPDATE entries SET hash = 'text' WHERE seq = 2",
+    "the newest hash is a number": "UPDATE entries SET hash = 99999999999 WHERE seq = 2",
+    "a short hash": "UPDATE entries SET hash = x'00' WHERE seq = 2",
+    "a witness's hash is a number": "UPDATE witnessed SET hash = 99999999999",
+    "a witness's hash is text": "UPDATE witnessed SET hash = 'text'",
+    "a witness's number is text": "UPDATE witnessed SET seq = 'text'",
+    "a witness's number is negative": "UPDATE witnessed SET seq = -1",
+    "a note is bytes": "UPDATE notes SET body = x'ff'",
+    "another note": "UPDATE notes SET body = replace(body, '5.0', '9.0')",
+    "a note of another plan": "UPDATE notes SET plan = replace(plan, 'b', 'c') WHERE kind = 'reserve'",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_rows_of_other_types_are_refused_by_typed_errors(wrong: str, used: Path) -> None:
+    connection = raw(used.parent)
+    connection.execute(WRONG[wrong])
+    restore_triggers(connection)
+    with pytest.raises(LedgerDamaged):
+        everything(Ledger(used.parent))
+    with pytest.raises((LedgerDamaged, LedgerBehind)):
+        more(Ledger(used.parent))
 
 
 def test_the_ledger_of_another_folder_is_refused(ledger: Ledger, folder: Path, tmp_path: Path) -> None:
@@ -597,20 +674,102 @@ def test_a_witness_notices_an_old_copy_that_went_on(rolled_back: tuple[Ledger, L
         old.check_witness(seen)
 
 
-def test_a_log_that_is_gone_is_noticed_by_a_witness(ledger: Ledger, folder: Path) -> None:
-    spend(ledger, 1)
-    chain.close_all()
-    spend(ledger, 2)
+def test_a_log_that_is_gone_is_missed_by_nobody(ledger: Ledger, folder: Path) -> None:
+    """All that ever left is in the file itself."""
+    spend(ledger, 1, 2)
     seen, copy = ledger.head(), folder.with_name("copy")
     shutil.copytree(folder, copy)  # as after kill -9: the log is still beside the file
-    Ledger(copy).check_witness(seen)
-    chain.close_all()
-    shutil.rmtree(copy)
-    spend(ledger, 3)
-    shutil.copytree(folder, copy)
+    assert (copy / "ledger.db-wal").exists()
     (copy / "ledger.db-wal").unlink()
-    with pytest.raises(LedgerRolledBack):
-        Ledger(copy).check_witness(ledger.head())
+    Ledger(copy).check_witness(seen)
+    assert Ledger(copy).verify().plan(PLAN).rounds == 2
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from unit.test_ledger import *
+spend(Ledger(Path(sys.argv[1])), *range(1, 8))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_file_of_a_killed_process_moved_alone_is_complete(folder: Path, tmp_path: Path) -> None:
+    """Seven releases were none: they stood in the log, and `verify` was content with the file."""
+    assert script(KILLED, str(folder)).wait(60) == -signal.SIGKILL
+    assert (folder / "ledger.db-wal").stat().st_size
+    (tmp_path / "new").mkdir()
+    shutil.copy(folder / "ledger.db", tmp_path / "new")
+    moved = Ledger(tmp_path / "new")
+    assert moved.verify().plan(PLAN).rounds == 7
+    assert moved.epsilon("d", DELTA) == pytest.approx(cost(7))
+
+
+@pytest.mark.parametrize("releases", [0, 1, 3])
+def test_an_older_file_in_its_place_is_noticed(releases: int, ledger: Ledger, folder: Path) -> None:
+    """Without any witness: the newest entry is noted beside the file."""
+    spend(ledger, *range(1, releases + 1))
+    ledger.head() if releases else ledger.note_opened(OTHER, 1)
+    chain.close_all()
+    old = (folder / "ledger.db").read_bytes()
+    spend(ledger, 7)
+    receipt = ledger.receipt("site", ME)
+    chain.close_all()
+    (folder / "ledger.db").write_bytes(old)
+    for action in (
+        lambda: Ledger(folder).verify(),
+        lambda: Ledger(folder).releases(PLAN),
+        lambda: Ledger(folder).reserve(step(8)),
+        lambda: release(Ledger(folder), step(8)),
+        lambda: Ledger(folder).recover(receipt, ME),
+    ):
+        with pytest.raises(LedgerRolledBack, match=r"lacks entry .*ledger\.id names.*Copy the whole folder"):
+            action()
+    (folder / "ledger.id").unlink()
+    assert Ledger(folder).recover(receipt, ME)
+    assert Ledger(folder).releases(PLAN).rounds == releases + 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 115, b"0" * 32, b"a b c", bytes(115)])
+def test_what_is_noted_beside_the_file_and_cannot_be_read_is_refused(
+    content: bytes, ledger: Ledger, folder: Path
+) -> None:
+    spend(ledger, 1)
+    (folder / "ledger.id").write_bytes(content)
+    with pytest.raises(LedgerDamaged, match=r"ledger\.id cannot be read"):
+        Ledger(folder).verify()
+
+
+def test_a_reader_that_stays_stops_a_release_and_not_its_charge(
+    ledger: Ledger, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the file alone would lack does not leave."""
+    spend(ledger, 1)
+    chain.close_all()
+    monkeypatch.setattr(chain, "PATIENCE_S", 0.05)
+    reader = sqlite3.connect(folder / "ledger.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM entries").fetchone()
+    with pytest.raises(OutputError, match="another process"):
+        release(ledger, step(2))
+    reader.close()
+    assert Ledger(folder).releases(PLAN).rounds == 2
+    release(ledger, step(3))
+
+
+def test_what_costs_nothing_moves_no_head(ledger: Ledger) -> None:
+    """An old copy came level with what peers had seen by requests that it refused itself."""
+    spend(ledger, 1)
+    head = ledger.head()
+    for attempt in range(1, 20):
+        ledger.reserve(step(2, attempt=attempt))
+        ledger.note_attempt(PLAN, attempt)
+        ledger.void(PLAN)
+        ledger.check_plan("d", PLAN, FULL, 5)
+        ledger.witness({"b": seen(attempt)})
+        ledger.statement()
+    assert ledger.head() == head
+    assert ledger.releases(PLAN).repeats == 19
 
 
 def test_recover_counts_what_an_old_copy_lacks(rolled_back: tuple[Ledger, Ledger]) -> None:

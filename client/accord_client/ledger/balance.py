@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
@@ -15,13 +16,14 @@ from accord_client.ledger.entries import (
     Entry,
     Imported,
     Made,
+    Note,
     Opened,
     Progress,
     Released,
     Reserved,
     Spent,
-    Voided,
     read_entry,
+    read_note,
 )
 from accord_shared.dp.events import Event, merge
 from accord_shared.errors import LedgerDamaged
@@ -43,6 +45,8 @@ class Releases:
     """Under secure aggregation: the cohort of the last round's first attempt."""
     last_attempt: int = 0
     """The last attempt of the last round that an update was masked for, in any run or process."""
+    repeats: int = 0
+    """How often the last round's update was masked again, for further attempts."""
     opened_round: int = 0
     """The last round of which this site helped to open a sum."""
     events: tuple[Event, ...] = field(default_factory=tuple)
@@ -69,6 +73,7 @@ class Releases:
             last_digest=entry.digest,
             last_cohort=self.last_cohort if entry.round == self.last_round else entry.cohort,
             last_attempt=entry.attempt,
+            repeats=0,
             events=merge([*self.events, *([entry.event] if entry.event else [])]),
         )
 
@@ -104,6 +109,7 @@ class Balance:
         self._plans: dict[str, Releases] = {}
         self._spent: dict[tuple[str, str], Spent] = {}
         self._reserved: dict[str, Reserved] = {}
+        self._attempted: dict[str, Attempted] = {}
         self._lineage: list[tuple[str, str]] = []
 
     def apply(self, row: Row) -> None:
@@ -119,23 +125,27 @@ class Balance:
         self.head = row.head
         self.entries += 1
 
+    def remind(self, notes: Iterable[tuple[str, str]]) -> None:
+        """Take in the notes, kind and body: all that there are now.
+
+        Raises:
+            LedgerDamaged: one is malformed.
+        """
+        read: list[Note] = [read_note(kind, body) for kind, body in notes]
+        self._reserved = {note.plan: note for note in read if isinstance(note, Reserved)}
+        self._attempted = {note.plan: note for note in read if isinstance(note, Attempted)}
+
     def _apply(self, entry: Entry) -> None:
         match entry:
             case Made():
                 self.ledger = entry.ledger
             case Declared():
                 self.declare(entry.dataset)
-            case Released():  # before `Reserved`, of which it is one
+            case Released():
                 self._release(entry)
-            case Reserved():
-                self._reserved[entry.plan] = entry
-            case Attempted():
-                self._plans[entry.plan] = replace(self.plan(entry.plan), last_attempt=entry.attempt)
             case Opened():
                 before = self.plan(entry.plan)
                 self._plans[entry.plan] = replace(before, opened_round=max(before.opened_round, entry.round))
-            case Voided():
-                self._reserved.pop(entry.plan, None)
             case Imported():
                 self._import(entry)
             case _:
@@ -154,9 +164,6 @@ class Balance:
     def _release(self, entry: Released) -> None:
         self._plans[entry.plan] = self.plan(entry.plan).released(entry)
         self._add(entry.dataset, entry.plan, Spent.of(entry.event))
-        open_one = self._reserved.get(entry.plan)
-        if open_one is not None and open_one.round <= entry.round:
-            del self._reserved[entry.plan]
 
     def _add(self, dataset: str, plan: str, spent: Spent) -> None:
         key = (dataset, plan)
@@ -164,7 +171,6 @@ class Balance:
 
     def _import(self, entry: Imported) -> None:
         self.imports.append(entry)
-        self._reserved.clear()  # what they were checked against is no longer what was spent
         for one, other in entry.account.lineage:
             self._link(one, other)
         for cost in entry.costs:
@@ -178,10 +184,13 @@ class Balance:
 
     def plan(self, plan_hash: str) -> Releases:
         """Releases under one plan."""
-        return self._plans.get(plan_hash, Releases())
+        found, note = self._plans.get(plan_hash, Releases()), self._attempted.get(plan_hash)
+        if note is None or note.round != found.last_round:
+            return found
+        return replace(found, last_attempt=max(found.last_attempt, note.attempt), repeats=note.times)
 
     def reservation(self, plan_hash: str) -> Reserved | None:
-        """The plan's open reservation: its newest, unless a release of this or a later round followed."""
+        """The plan's open reservation."""
         return self._reserved.get(plan_hash)
 
     def lineage(self, dataset: str) -> frozenset[str]:

@@ -2,8 +2,12 @@
 
 An entry's hash covers its content and the hash before it, so no entry can be changed, removed or put between others
 without changing every hash after it. A random nonce makes entries of two copies of a file differ even where they say
-the same. A commit is on the disk when it returns (write-ahead log, `synchronous = FULL`); a transaction that does
-not end is as if it never began.
+the same. A commit is on the disk when it returns (write-ahead log, `synchronous = FULL`), and then moved from the log
+into the file itself, so that the file alone holds all that ever left; a transaction that does not end is as if it never
+began. Beside the file the newest entry's number and hash are kept, so that an older file in its place is noticed.
+
+Notes are what may be forgotten without any harm but to this site: they are no entries and move no head, so nobody can
+make a ledger grow by requests that cost nothing.
 """
 
 from __future__ import annotations
@@ -39,13 +43,15 @@ MOST_SESSIONS = 16
 """Sessions of a peer whose heads are remembered: those that came furthest."""
 RECOVER = "see `accord site ledger recover`"
 
-_APPLICATION, _VERSION = 0x41434C47, 1
-_NONCE = 16
+_APPLICATION, _VERSION = 0x41434C47, 2
+_NONCE, _DIGEST = 16, 32
 _SCHEMA = (
     "CREATE TABLE entries (seq INTEGER PRIMARY KEY, time INTEGER NOT NULL, nonce BLOB NOT NULL, "
     "kind TEXT NOT NULL, body TEXT NOT NULL, hash BLOB NOT NULL)",
     "CREATE TABLE witnessed (peer TEXT NOT NULL, session BLOB NOT NULL, seq INTEGER NOT NULL, hash BLOB NOT NULL, "
     "PRIMARY KEY (peer, session)) WITHOUT ROWID",
+    "CREATE TABLE notes (plan TEXT NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL, hash BLOB NOT NULL, "
+    "PRIMARY KEY (plan, kind)) WITHOUT ROWID",
     "CREATE TRIGGER entries_follow BEFORE INSERT ON entries WHEN NEW.seq <= (SELECT max(seq) FROM entries) "
     "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
     "CREATE TRIGGER entries_stay BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
@@ -55,6 +61,10 @@ _SCHEMA = (
 _INSERT = "INSERT INTO entries (seq, time, nonce, kind, body, hash) VALUES (?, ?, ?, ?, ?, ?)"
 _FROM = "SELECT seq, time, nonce, kind, body, hash FROM entries WHERE seq >= ? ORDER BY seq"
 _NEAR = "SELECT seq, hash FROM entries WHERE seq <= ? AND seq > ? ORDER BY seq DESC"
+_NOTE = (
+    "INSERT INTO notes VALUES (?, ?, ?, ?) ON CONFLICT (plan, kind) DO UPDATE SET body = excluded.body, "
+    "hash = excluded.hash"
+)
 _MACHINE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 _IN_USE = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
@@ -94,6 +104,13 @@ class Row:
             raise LedgerDamaged(f"entry {self.seq} of the ledger is not what was written, or one before it is missing")
 
 
+def _head(seq: object, digest: object) -> Head:
+    """Of what the file has in a number's and a hash's place."""
+    if type(seq) is not int or type(digest) is not bytes or not 0 <= seq <= MOST_ENTRIES or len(digest) != _DIGEST:
+        raise LedgerDamaged("the ledger has something else in the place of an entry's number and hash")
+    return Head(seq, digest)
+
+
 def _hash(previous: bytes, seq: int, at: int, nonce: bytes, kind: str, body: str) -> bytes:
     return hash_frame("accord/1/ledger/entry", previous, seq, at, nonce, kind, body)
 
@@ -115,7 +132,7 @@ class Chain:
 
     @property
     def _marker(self) -> Path:
-        """Holds the ledger's id, so that a ledger that is gone or another's is told from a new folder."""
+        """Holds the ledger's id and its newest entry, so that a ledger that is gone, older or another's is noticed."""
         return self.folder / "ledger.id"
 
     def exists(self) -> bool:
@@ -140,11 +157,19 @@ class Chain:
 
     @contextmanager
     def writing(self) -> Iterator[Writing]:
-        """One transaction, alone among all processes: all of it is durable at the end, or nothing happened."""
+        """One transaction, alone among all processes: all of it is durable at the end, or nothing happened.
+
+        If it made an entry, the file alone holds it afterwards, and the newest entry is noted beside it.
+        """
         with self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
-            yield Writing(connection)
+            writing = Writing(connection)
+            before = writing.head
+            yield writing
             connection.execute("COMMIT")
+            if self._durable and writing.head != before:
+                _move_into_file(connection, self.path)
+                self._note_head(writing.head)
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -177,16 +202,46 @@ class Chain:
         if self._durable:
             sync_folder(self.folder)
 
-    def check_owner(self, ledger_id: str) -> None:
-        """Raise `LedgerDamaged` unless the ledger of this id is the folder's first one."""
+    def check_owner(self, ledger_id: str, reading: Reading, head: Head) -> None:
+        """Compare with what is noted beside the file; note it where nothing is.
+
+        Raises:
+            LedgerDamaged: the ledger is not the folder's first one.
+            LedgerRolledBack: the ledger lacks its newest entry.
+        """
         if not self._marker.exists():
-            write_atomic(self._marker, f"{ledger_id}\n".encode(), mode=0o600, durable=self._durable)
+            write_atomic(self._marker, _marked(ledger_id, head), mode=0o600, durable=self._durable)
         try:
-            owner = self._marker.read_text().strip()
-        except (OSError, UnicodeDecodeError):
+            owner, number, digest = self._marker.read_text("ascii").split()
+            noted = _head(int(number), bytes.fromhex(digest))
+        except (OSError, ValueError, LedgerDamaged):
             raise LedgerDamaged(f"{self._marker.name} cannot be read") from None
         if owner != ledger_id:
             raise LedgerDamaged(f"{self.path.name} is not the ledger of this folder, which {self._marker.name} names")
+        if noted != NO_LEDGER and reading.hash_of(noted.seq) != noted.hash:
+            raise LedgerRolledBack(
+                f"{self.path.name} lacks entry {noted.seq}, which {self._marker.name} names: an old or partial copy? "
+                f"Copy the whole folder, or remove {self._marker.name} and {RECOVER}"
+            )
+
+    def _note_head(self, head: Head) -> None:
+        """In place, since it is shorter than what a disk writes at once. It may lag: then it tells less."""
+        try:
+            descriptor = os.open(self._marker, os.O_WRONLY | os.O_DSYNC)
+            try:
+                os.pwrite(descriptor, _marked("", head), _MARKER_HEAD)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise OutputError(f"cannot write {self._marker}: {error.strerror}") from error
+
+
+_MARKER_HEAD = 32
+"""Where the head begins in the marker: after the ledger's id."""
+
+
+def _marked(ledger_id: str, head: Head) -> bytes:
+    return f"{ledger_id} {head.seq:016d} {head.hash.hex()}\n".encode("ascii")
 
 
 class Reading:
@@ -214,7 +269,7 @@ class Reading:
         if seq > MOST_ENTRIES:
             return None
         found = self._connection.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)).fetchone()
-        return None if found is None else bytes(found[0])
+        return None if found is None else _head(seq, found[0]).hash
 
     def trail(self, head: Head) -> tuple[Head, ...]:
         """Entries by which another ledger finds out what it has in common with this one, newest first.
@@ -224,12 +279,20 @@ class Reading:
         near = self._connection.execute(_NEAR, (head.seq, head.seq - DENSE)).fetchall()
         far = [head.seq - DENSE * 2**power for power in range(53)]
         found = [(seq, self.hash_of(seq)) for seq in far if seq > 0]
-        return tuple(Head(seq, bytes(value)) for seq, value in (*near, *found) if value is not None)
+        return tuple(_head(seq, value) for seq, value in (*near, *found) if value is not None)
 
     def witnessed(self) -> dict[str, Head]:
         """The newest head that was seen of each peer."""
-        rows = self._connection.execute("SELECT peer, seq, hash FROM witnessed ORDER BY peer, seq")
-        return {peer: Head(seq, bytes(value)) for peer, seq, value in rows}
+        rows = self._connection.execute("SELECT peer, seq, hash FROM witnessed ORDER BY peer, seq").fetchall()
+        return {str(peer): _head(seq, value) for peer, seq, value in rows}
+
+    def notes(self) -> list[tuple[str, str]]:
+        """Kind and body of each note, checked."""
+        rows = self._connection.execute("SELECT plan, kind, body, hash FROM notes").fetchall()
+        for plan, kind, body, digest in rows:
+            if not all(type(value) is str for value in (plan, kind, body)) or digest != _note_hash(plan, kind, body):
+                raise LedgerDamaged("a note of the ledger is not what was written")
+        return [(kind, body) for _, kind, body, _ in rows]
 
     def check_pages(self) -> None:
         """Raise `LedgerDamaged` unless SQLite finds all of its pages sound."""
@@ -244,13 +307,21 @@ class Writing(Reading):
     def __init__(self, connection: sqlite3.Connection) -> None:
         super().__init__(connection)
         newest = connection.execute("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
-        self._head = NO_LEDGER if newest is None else Head(newest[0], bytes(newest[1]))
+        self.head = NO_LEDGER if newest is None else _head(*newest)
 
     def append(self, kind: str, body: str, *, above: int = 0) -> None:
         """One entry after all others; its number is the next, or the next to `above` where that is higher."""
-        row = _made(self._head, kind, body, above)
+        row = _made(self.head, kind, body, above)
         self._connection.execute(_INSERT, row)
-        self._head = Head(row[0], row[5])
+        self.head = Head(row[0], row[5])
+
+    def note(self, plan: str, kind: str, body: str) -> None:
+        """In the place of the plan's note of this kind."""
+        self._connection.execute(_NOTE, (plan, kind, body, _note_hash(plan, kind, body)))
+
+    def forget(self, kind: str, plan: str | None = None) -> None:
+        """The notes of this kind, of one plan or of all."""
+        self._connection.execute("DELETE FROM notes WHERE kind = ? AND ? IN (plan, '')", (kind, plan or ""))
 
     def witness(self, peer: str, seen: Seen) -> None:
         """Remember a peer's head.
@@ -282,9 +353,13 @@ class Writing(Reading):
         query = "SELECT session, seq, hash FROM witnessed WHERE peer = ? ORDER BY seq"
         known, newest = None, NO_LEDGER
         for one, seq, value in self._connection.execute(query, (peer,)).fetchall():
-            newest = Head(seq, bytes(value))
-            known = newest if bytes(one) == session else known
+            newest = _head(seq, value)
+            known = newest if one == session else known
         return known, newest
+
+
+def _note_hash(plan: str, kind: str, body: str) -> bytes:
+    return hash_frame("accord/1/ledger/note", plan, kind, body)
 
 
 def _made(after: Head, kind: str, body: str, above: int = 0) -> tuple[int, int, bytes, str, str, bytes]:
@@ -337,10 +412,17 @@ def _opened(path: Path, *, durable: bool) -> sqlite3.Connection:
     return connection
 
 
+def _move_into_file(connection: sqlite3.Connection, path: Path) -> None:
+    """All of the log into the file: whoever copies the file alone has every entry."""
+    busy, pages, moved = connection.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
+    if busy or pages != moved:
+        raise OutputError(f"cannot use {path}: another process holds it")
+
+
 def _check_file(connection: sqlite3.Connection, path: Path) -> None:
-    kind = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+    kind = [connection.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")]
     schema = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid").fetchall()
-    if kind != [_APPLICATION, _VERSION] or tuple(sql for (sql,) in schema) != _SCHEMA:
+    if kind != [(_APPLICATION,), (_VERSION,)] or tuple(sql for (sql,) in schema) != _SCHEMA:
         raise LedgerDamaged(f"{path.name} is not a ledger, or not one of this version")
     (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
     if mode != "wal":

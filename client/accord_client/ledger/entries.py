@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Self, TypeVar
 
@@ -111,7 +111,7 @@ class Declared(Table):
 
 
 class Reserved(Table):
-    """A step that is about to be trained. Nothing left the machine yet."""
+    """A note: a step that is about to be trained. Nothing left the machine yet."""
 
     dataset: Name
     plan: Hash
@@ -136,10 +136,12 @@ class Released(Reserved):
 
 
 class Attempted(Table):
-    """The update of the last round is masked for this attempt."""
+    """A note: the update of this round is masked for this attempt, the `times`-th after the first."""
 
     plan: Hash
+    round: Count
     attempt: Count
+    times: Number
 
 
 class Opened(Table):
@@ -147,12 +149,6 @@ class Opened(Table):
 
     plan: Hash
     round: Count
-
-
-class Voided(Table):
-    """The plan's open reservation is given up."""
-
-    plan: Hash
 
 
 class Cost(Table):
@@ -201,17 +197,17 @@ class Imported(Table):
 
 
 E = TypeVar("E", bound=Table)
-Entry = Made | Declared | Reserved | Released | Attempted | Opened | Voided | Imported
+Entry = Made | Declared | Released | Opened | Imported
+Note = Reserved | Attempted
 _KINDS: dict[str, type[Entry]] = {
     "made": Made,
     "dataset": Declared,
-    "reserve": Reserved,
     "release": Released,
-    "attempt": Attempted,
     "open": Opened,
-    "void": Voided,
     "import": Imported,
 }
+RESERVE, ATTEMPT = "reserve", "attempt"
+_NOTES: dict[str, type[Note]] = {RESERVE: Reserved, ATTEMPT: Attempted}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
@@ -238,10 +234,23 @@ def read_entry(kind: str, body: str) -> Entry:
     Raises:
         LedgerDamaged: another kind, or fields that do not fit.
     """
-    table = _KINDS.get(kind)
+    return _read(_KINDS, "an entry", kind, body)
+
+
+def read_note(kind: str, body: str) -> Note:
+    """Read a note back.
+
+    Raises:
+        LedgerDamaged: another kind, or fields that do not fit.
+    """
+    return _read(_NOTES, "a note", kind, body)
+
+
+def _read(kinds: Mapping[str, type[E]], what: str, kind: str, body: str) -> E:
+    table = kinds.get(kind)
     if table is None:
-        raise LedgerDamaged(f"the ledger has an entry of unknown kind {kind[:20]!r}")
+        raise LedgerDamaged(f"the ledger has {what} of unknown kind {kind[:20]!r}")
     try:
         return table.model_validate_json(body)
     except ValidationError as error:
-        raise LedgerDamaged(f"an entry of kind {kind} of the ledger is malformed: {first_problem(error)}") from None
+        raise LedgerDamaged(f"{what} of kind {kind} of the ledger is malformed: {first_problem(error)}") from None

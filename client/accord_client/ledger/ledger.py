@@ -17,6 +17,8 @@ from typing import Any
 from accord_client.ledger.balance import Balance, Releases, lacking
 from accord_client.ledger.chain import RECOVER, Chain, Reading, Writing
 from accord_client.ledger.entries import (
+    ATTEMPT,
+    RESERVE,
     Account,
     Attempted,
     DataSet,
@@ -24,11 +26,11 @@ from accord_client.ledger.entries import (
     Entry,
     Imported,
     Made,
+    Note,
     Opened,
     Released,
     Reserved,
     Spent,
-    Voided,
     kind_of,
     made,
 )
@@ -78,7 +80,8 @@ class Ledger:
                 raise
             self._balance, new = recovered, True  # `recover` counted all that this process knew
         if new:
-            self._chain.check_owner(self._balance.ledger)
+            self._chain.check_owner(self._balance.ledger, reading, self._balance.head)
+        self._balance.remind(reading.notes())
         return self._balance
 
     def releases(self, plan_hash: str) -> Releases:
@@ -115,7 +118,8 @@ class Ledger:
                 return balance
             reading.check_pages()
             fresh = _replayed(reading)
-            self._chain.check_owner(fresh.ledger)
+            self._chain.check_owner(fresh.ledger, reading, fresh.head)
+            fresh.remind(reading.notes())
             return fresh
 
     # --- writing
@@ -180,7 +184,7 @@ class Ledger:
             if balance.reservation(entry.plan) == entry:
                 return
             self._limits.check(balance, entry.dataset, entry.plan, Spent.of(entry.event))
-            _append(writing, entry)
+            writing.note(entry.plan, RESERVE, _body(entry))
 
     def release(
         self, step: Reserved, finish: Callable[[Releases], Released], witnessed: Mapping[str, Seen] | None = None
@@ -204,25 +208,28 @@ class Ledger:
             for peer, seen in (witnessed or {}).items():
                 writing.witness(peer, seen)
             _append(writing, finish(before))
+            if reserved is not None and reserved.round <= step.round:
+                writing.forget(RESERVE, step.plan)
         return self.releases(step.plan)
 
     def note_attempt(self, plan_hash: str, attempt: int) -> None:
         """The update of the last round is masked for this attempt, so no earlier one is opened any more."""
-        self._note(made(Attempted, plan=plan_hash, attempt=attempt))
+        with self._write() as (balance, writing):
+            last = balance.plan(plan_hash)
+            note = made(Attempted, plan=plan_hash, round=last.last_round, attempt=attempt, times=last.repeats + 1)
+            writing.note(plan_hash, ATTEMPT, _body(note))
 
     def note_opened(self, plan_hash: str, round_number: int) -> None:
         """This site helps to open a sum of the round, so it joins no other attempt of it."""
-        self._note(made(Opened, plan=plan_hash, round=round_number))
+        entry = made(Opened, plan=plan_hash, round=round_number)
+        with self._write() as (_, writing):
+            _append(writing, entry)
 
     def void(self, plan_hash: str) -> None:
         """Give up the plan's open reservation, if it has one: its run has ended, and what was trained is gone."""
         with self._write() as (balance, writing):
             if balance.reservation(plan_hash) is not None:
-                _append(writing, Voided(plan=plan_hash))
-
-    def _note(self, entry: Entry) -> None:
-        with self._write() as (_, writing):
-            _append(writing, entry)
+                writing.forget(RESERVE, plan_hash)
 
     # --- witnesses: peers of this ledger, and this ledger as theirs
 
@@ -306,6 +313,7 @@ class Ledger:
                 progress=progress,
             )
             _append(writing, entry, above=receipt.seq)
+            writing.forget(RESERVE)  # what they were checked against is no longer what was spent
         return True
 
 
@@ -313,7 +321,7 @@ def _append(writing: Writing, entry: Entry, *, above: int = 0) -> None:
     writing.append(kind_of(entry), _body(entry), above=above)
 
 
-def _body(entry: Entry) -> str:
+def _body(entry: Entry | Note) -> str:
     """One spelling of the entry as JSON: it is what is hashed."""
     return json.dumps(entry.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
