@@ -541,6 +541,16 @@ def test_any_flipped_byte_gives_typed_errors_alone(at: float, mask: int, used: P
     used.write_bytes(whole)
 
 
+def test_a_schema_that_is_no_text_is_a_typed_error(used: Path) -> None:
+    """SQLite quotes it in its message, which then cannot be read."""
+    whole = used.read_bytes()
+    schema = [at for at in range(len(whole)) if whole[at : at + 6] == b"CREATE"]
+    assert len(schema) == len(chain._SCHEMA)
+    for start in schema:
+        for at in range(start, start + 60, 7):
+            assert flipped(used, whole, at, 0x80)
+
+
 WRONG = {
     "the newest hash is text": "UPDATE entries SET hash = 'text' WHERE seq = 2",
     "the newest hash is a number": "UPDATE entries SET hash = 99999999999 WHERE seq = 2",

@@ -39,6 +39,7 @@ MOST_OPEN = 32
 """Connections that one process keeps open, three files each; opening again costs several waits for the disk."""
 PATIENCE_S = 60.0
 """How long a process waits for another one's transaction."""
+_PAUSE_S = 0.002
 MOST_SESSIONS = 16
 """Sessions of a peer whose heads are remembered: those that came furthest."""
 RECOVER = "see `accord site ledger recover`"
@@ -413,10 +414,15 @@ def _opened(path: Path, *, durable: bool) -> sqlite3.Connection:
 
 
 def _move_into_file(connection: sqlite3.Connection, path: Path) -> None:
-    """All of the log into the file: whoever copies the file alone has every entry."""
-    busy, pages, moved = connection.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
-    if busy or pages != moved:
-        raise OutputError(f"cannot use {path}: another process holds it")
+    """All of the log into the file: whoever copies the file alone has every entry. One process does it at a time."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        busy, pages, moved = connection.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
+        if not busy and pages == moved:
+            return
+        if time.monotonic() >= until:
+            raise OutputError(f"cannot use {path}: another process holds it")
+        time.sleep(_PAUSE_S)
 
 
 def _check_file(connection: sqlite3.Connection, path: Path) -> None:
@@ -431,9 +437,13 @@ def _check_file(connection: sqlite3.Connection, path: Path) -> None:
 
 @contextmanager
 def _typed(path: Path) -> Iterator[None]:
-    """SQLite's errors as ours."""
+    """SQLite's errors as ours; those that quote a damaged schema are no texts."""
     try:
         yield
+    except UnicodeDecodeError:
+        raise LedgerDamaged(f"{path.name} is damaged: what should be a text is none") from None
+    except MemoryError:
+        raise OutputError(f"cannot use {path}: there is too little memory") from None
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # without the extended part
         if code in _MACHINE:
@@ -441,6 +451,9 @@ def _typed(path: Path) -> Iterator[None]:
         if code in _IN_USE:
             raise OutputError(f"cannot use {path}: another process holds it") from error
         raise LedgerDamaged(f"{path.name} is damaged: {error}") from error
+
+
+_SQLITE_FAILS = (sqlite3.Error, UnicodeDecodeError, MemoryError)
 
 
 # --- open connections
@@ -468,9 +481,9 @@ class _Pool:
             try:
                 yield connection
             except BaseException as error:
-                with suppress(sqlite3.Error):
+                with suppress(*_SQLITE_FAILS):
                     connection.rollback()
-                if isinstance(error, sqlite3.Error):
+                if isinstance(error, _SQLITE_FAILS):
                     self._close(key)
                 raise
 
@@ -494,7 +507,7 @@ class _Pool:
     def _close(self, key: _Key) -> None:
         known = self._open.pop(key, None)
         if known is not None:
-            with suppress(sqlite3.Error):  # a failed checkpoint loses nothing: the log stays
+            with suppress(*_SQLITE_FAILS):  # a failed checkpoint loses nothing: the log stays
                 known[0].close()
 
     def close_all(self) -> None:
