@@ -25,7 +25,7 @@ from accord_client.settings import SiteFolder, SiteSettings
 from accord_client.trainer import Runtime
 from accord_client.workspace import Workspace
 from accord_shared.cli_output import duration
-from accord_shared.errors import AccordError, Interrupted, OutputError, SitePreparing
+from accord_shared.errors import AccordError, Interrupted, OutputError, SitePreparing, Withheld
 from accord_shared.plan import Plan
 from accord_shared.service.pb import accord_pb2 as pb
 
@@ -219,7 +219,7 @@ class Preparer:
 
         Raises:
             SitePreparing: it goes on; the words are the same whatever the data are.
-            AccordError: it failed.
+            Withheld: it failed, for a reason that may depend on the records.
         """
         if self._is_ready(plan):
             return
@@ -227,7 +227,7 @@ class Preparer:
         progress = self.start(plan)
         progress.ended.wait(0.0 if begun else PATIENCE_S)
         if progress.error is not None:
-            raise type(progress.error)(str(progress.error))
+            raise Withheld(f"{type(progress.error).__name__}: {progress.error}")
         if not progress.ended.is_set():
             raise SitePreparing("this site still prepares its records for the plan")
 
