@@ -23,13 +23,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from accord_client.data import Examples
 from accord_client.gradients import Clipped, GradientTape
+from accord_client.trainer import clipped_gradient
+from accord_client.workspace import Workspace
 from accord_shared.dp.accounting import noise_multiplier
 from accord_shared.dp.discrete import ROUNDING_VARIANCE
 from accord_shared.dp.noise import SecureGenerator
-from accord_shared.dp.sharing import NoiseShares
+from accord_shared.dp.sharing import ARITHMETIC_MARGIN, NoiseShares
 from accord_shared.plan import Plan
 from accord_shared.quantize import decode, encode
+from accord_shared.vectors import Vector
 
 Indices = npt.NDArray[np.int64]
 
@@ -44,6 +48,8 @@ STANDARD_ERRORS = 5.0
 """A right σ is refused once in two million checks."""
 
 _SAMPLED = 20_000
+
+_COMPLAINT = "my card was lost in the post two weeks ago and nobody answers the phone any more today"
 
 
 class Violation(AssertionError):
@@ -198,6 +204,73 @@ def check_all(factory: Factory, tape: Tape = GradientTape, scales: Sequence[floa
         check(factory, tape=tape)
     check_clipping(factory, tape, scales)
     check_sensitivity(factory, tape=tape)
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far one unit more moves the clipped sum, and how far the others' part of it, in units of C."""
+
+    moved: float
+    others: float
+
+
+def changes(workspace: Workspace, examples: Examples, removed: Sequence[int]) -> dict[int, Change]:
+    """What each of the `removed` units does to the clipped sum of all, by the step that sites run under shared noise.
+
+    Records are prepared anew for every neighbour, as its site would: embeddings and frozen prefixes included.
+    """
+    weights = workspace.initial()
+    weights += 0.02 * np.random.default_rng(3).normal(size=len(weights)).astype(np.float32)  # LoRA starts at B = 0
+    whole = _clipped_sum(workspace, examples, weights)
+    found = {}
+    for unit in removed:
+        without = _clipped_sum(workspace, examples.take(np.flatnonzero(examples.units != unit)), weights)
+        alone = _clipped_sum(workspace, examples.take(np.flatnonzero(examples.units == unit)), weights)
+        difference = whole - without
+        found[unit] = Change(float(np.linalg.norm(difference)), float(np.linalg.norm(difference - alone)))
+    return found
+
+
+def _clipped_sum(workspace: Workspace, examples: Examples, weights: Vector) -> npt.NDArray[np.float64]:
+    """The clipped sum [P] of all units over C."""
+    local = workspace.plan.local.model_copy(update={"sampling_rate": 1.0})
+    generator = SecureGenerator()
+    step = clipped_gradient(
+        workspace.model, workspace.batches(examples), local, weights, generator=generator, runtime=workspace.runtime
+    )
+    return step * -(local.expected_batch / (local.learning_rate * (local.clip_norm or 1.0)))
+
+
+def crowd(classes: int) -> tuple[Examples, tuple[int, ...]]:
+    """Records among which a unit's neighbours change with it, if they can; and the units whose removal would show it.
+
+    Copies change alike, so that changes add up. One unit sets the width, another fills a micro-batch or opens one;
+    others shift all that follow, have several rows of several lengths, or are cut.
+    """
+    words = _COMPLAINT.split()
+    units: list[list[str]] = [[" ".join(words[:3])] for _ in range(25)]
+    units += [[" ".join(words[: 1 + index])] for index in range(len(words))]
+    units += [[" ".join(words * 40)], [" ".join(words * 40)], [" ".join(words[:9])] * 3]
+    units += [[" ".join(words[: 2 + index]) for index in range(13)], [" ".join(words[:9]), words[0]]]
+    examples = Examples(
+        texts=tuple(text for unit in units for text in unit),
+        labels=np.array([min(1, number) % classes for number, unit in enumerate(units) for _ in unit], dtype=np.int64),
+        units=np.array([number for number, unit in enumerate(units) for _ in unit], dtype=np.int64),
+    )
+    last = len(units) - 1
+    return examples, (0, 24, 30, last - 4, last - 2, last - 1, last)
+
+
+def check_neighbours(workspace: Workspace, examples: Examples | None = None, removed: Sequence[int] = ()) -> None:
+    """Item 1 on whole samples: a unit moves the clipped sum by its own clipped gradient, at most C, and nothing else.
+
+    Of `crowd`, or of `examples` and the units `removed` from them one at a time.
+    """
+    if examples is None:
+        examples, removed = crowd(len(workspace.plan.task.labels))
+    for unit, change in changes(workspace, examples, removed).items():
+        require(change.others <= ARITHMETIC_MARGIN, f"unit {unit} moves the others' part by {change.others:.3g} C")
+        require(change.moved <= 1.0 + ARITHMETIC_MARGIN, f"unit {unit} moves the clipped sum by {change.moved:.6g} C")
 
 
 @dataclass

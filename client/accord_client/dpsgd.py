@@ -14,7 +14,6 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from accord_client.gradients import Clipped
 from accord_shared.dp.noise import SecureGenerator, snap
 from accord_shared.errors import PrivacyError
 
@@ -55,9 +54,8 @@ class ClippedOptimizer(DPOptimizer):  # type: ignore[misc]
         """Micro-batches add up to one Poisson sample: the divisor is applied once."""
         return 1
 
-    def accumulate(self, clipped: Clipped) -> None:
-        """Add one micro-batch of the step's Poisson sample."""
-        total = clipped.total.double()  # micro-batches of any number add up without rounding to each other's size
+    def accumulate(self, total: Tensor) -> None:
+        """Add the clipped sum [P], fp64, of units of the step's Poisson sample."""
         self._sum = total if self._sum is None else self._sum + total
 
     def noised(self, total: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from accord_client.models import Encoder, EncoderModel, LabelFrame, Tokens
-from accord_client.trainer import Indices, Runtime
+from accord_client.shapes import DUMMY, PROBES, Indices, Shape, row_batches, row_counts
+from accord_client.trainer import Runtime
 from accord_shared.errors import NonFinite, OutputError
 from accord_shared.files import has_home, make_private, write_atomic
 
 VERSION = 2
-"""1 could hold embeddings of models that were read with random parts."""
-_BATCH = 64
+"""1 could hold embeddings of models that were read with random parts, and of other batches."""
+_BLOCK = 256
 _SPARE = 1 << 20
 """Bytes that are left on the disk for what must be written besides."""
 Array = npt.NDArray[Any]
@@ -49,9 +50,9 @@ def default_folder() -> Path:
     return Path.home() / ".cache" / "accord"
 
 
-def key(model_digest: str, max_tokens: int, layer: int, texts: Sequence[str]) -> str:
+def key(model_digest: str, max_tokens: int, layer: int, precision: str, texts: Sequence[str]) -> str:
     """Name of an entry: `layer` < 0 is pooled from that hidden state, k > 0 the output of the first k layers."""
-    hasher = hashlib.sha256(f"{VERSION}|{model_digest}|{max_tokens}|{layer}|{len(texts)}".encode())
+    hasher = hashlib.sha256(f"{VERSION}|{model_digest}|{max_tokens}|{layer}|{precision}|{len(texts)}".encode())
     for text in texts:
         data = text.encode()
         hasher.update(len(data).to_bytes(8, "big") + data)
@@ -113,47 +114,62 @@ def pooled(
     runtime: Runtime,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> npt.NDArray[np.float32]:
-    """Pooled embeddings [n, d] of the texts, batched by length."""
+    """Pooled embeddings [n, d] of the texts, each the same whatever the others are."""
     tokens = encoder.tokenize(texts)
     result = np.empty((len(texts), encoder.hidden_size), dtype=np.float32)
     encoder.model.to(runtime.device)
-    with torch.inference_mode(), runtime.autocast():
-        for rows in _by_length(tokens):
-            ids, mask = (part.to(runtime.device) for part in encoder.pad(tokens, rows.tolist()))
-            hidden = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            result[rows] = encoder.pool(hidden, mask).float().cpu().numpy()
-            on_progress(len(rows))
+
+    def run(ids: Tensor, mask: Tensor) -> Tensor:
+        return encoder.pool(encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask).float()
+
+    for rows, embedded in _alone(encoder, tokens, runtime, "pooled", run):
+        result[rows] = embedded
+        on_progress(len(rows))
     return result
 
 
 def prefix_states(
     model: EncoderModel, tokens: Tokens, runtime: Runtime, on_progress: Callable[[int], None] = lambda _: None
 ) -> npt.NDArray[np.float16]:
-    """Output of the frozen layers [all tokens, d], ragged as in `tokens`."""
+    """Output of the frozen layers [all tokens, d], ragged as in `tokens`: of each text whatever the others are."""
     encoder = model.encoder
     result = np.empty((len(tokens.ids), encoder.hidden_size), dtype=np.float16)
     starts = tokens.ends - tokens.lengths
     seen: list[Tensor] = []
     layer = encoder.layers()[model.frozen_layers - 1]
     handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
+
+    def run(ids: Tensor, mask: Tensor) -> Tensor:
+        model.logits({"ids": ids, "mask": mask})
+        return seen.pop().float() * mask.unsqueeze(-1)  # padding is nobody's
+
     try:
-        with torch.inference_mode(), runtime.autocast():
-            for rows in _by_length(tokens):
-                ids, mask = (part.to(runtime.device) for part in encoder.pad(tokens, rows.tolist()))
-                model.logits({"ids": ids, "mask": mask})
-                hidden = seen.pop().float().cpu().numpy()
-                for place, row in enumerate(rows):
-                    length = tokens.lengths[row]
-                    result[starts[row] : tokens.ends[row]] = hidden[place, :length]
-                on_progress(len(rows))
+        for rows, hidden in _alone(encoder, tokens, runtime, "prefix", run):
+            for place, row in enumerate(rows):
+                result[starts[row] : tokens.ends[row]] = hidden[place, : tokens.lengths[row]]
+            on_progress(len(rows))
     finally:
         handle.remove()
     return result
 
 
-def _by_length(tokens: Tokens) -> list[Indices]:
-    order = np.argsort(tokens.lengths, kind="stable")
-    return [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+def _alone(
+    encoder: Encoder, tokens: Tokens, runtime: Runtime, kind: str, run: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[tuple[Indices, Array]]:
+    """(rows, what `run` makes of them), a batch at a time, by shapes that are the rows' own."""
+
+    def inputs(rows: Indices, shape: Shape) -> tuple[Tensor, Tensor]:
+        ids, mask = encoder.pad(tokens, rows.tolist(), shape)
+        return ids.to(runtime.device), mask.to(runtime.device)
+
+    def counts(shape: Shape) -> Sequence[int]:
+        most, name = runtime.rows(features=False), (kind, runtime.device, runtime.precision)
+        return row_counts(encoder).of(name, shape, most, lambda rows: [run(*inputs(rows, shape))])
+
+    with torch.inference_mode(), runtime.autocast(), runtime.repeatable():
+        for shape, rows in row_batches(tokens.lengths, len(tokens.lengths), encoder.max_tokens, counts):
+            real = rows != DUMMY
+            yield rows[real], run(*inputs(rows, shape)).cpu().numpy()[real]
 
 
 @dataclass(frozen=True)
@@ -164,10 +180,21 @@ class FeatureBatches:
     labels: Tensor
     units: Indices
     lengths: None = None
+    longest: int = 0
 
-    def inputs(self, rows: Indices) -> Tensor:
-        """Features [B, d] of the rows."""
-        return self.features[torch.from_numpy(rows).to(self.features.device)]
+    def inputs(self, rows: Indices, shape: Shape | None = None) -> Tensor:
+        """Features [B, d] of the rows; of stand-ins zeros, or made-up ones."""
+        del shape
+        index = torch.from_numpy(np.maximum(rows, 0)).to(self.features.device)
+        if not (rows < 0).any():
+            return self.features[index]
+        features = self.features.new_zeros(len(rows), self.features.shape[1])
+        real = torch.from_numpy(rows >= 0).to(self.features.device)
+        features[real] = self.features[index[real]]
+        for probe in PROBES:
+            made_up = np.random.default_rng(-probe).normal(size=self.features.shape[1]).astype(np.float32)
+            features[torch.from_numpy(rows == probe).to(real.device)] = torch.from_numpy(made_up).to(real.device)
+        return features
 
 
 @dataclass(frozen=True)
@@ -186,18 +213,33 @@ class TokenBatches:
         """Number of tokens [n] of each record."""
         return self.tokens.lengths
 
-    def inputs(self, rows: Indices) -> dict[str, Tensor]:
+    @property
+    def longest(self) -> int:
+        """Most tokens that a record can have."""
+        return self.encoder.max_tokens
+
+    def inputs(self, rows: Indices, shape: Shape | None = None) -> dict[str, Tensor]:
         """`ids`, `mask` [B, T] and `prefix` [B, T, d] of the rows."""
-        ids, mask = self.encoder.pad(self.tokens, rows.tolist())
+        ids, mask = self.encoder.pad(self.tokens, rows.tolist(), shape)
         batch = {"ids": ids, "mask": mask}
         if self.prefix is not None:
             hidden = torch.zeros(*ids.shape, self.prefix.shape[1])
             for place, row in enumerate(rows.tolist()):
+                if row < 0:
+                    hidden[place] = self._made_up(row, hidden.shape[1])
+                    continue
                 end = self.tokens.ends[row]
                 length = end - (self.tokens.ends[row - 1] if row else 0)
                 hidden[place, :length] = torch.from_numpy(np.asarray(self.prefix[end - length : end], dtype=np.float32))
             batch["prefix"] = hidden
         return {name: value.to(self.device) for name, value in batch.items()}
+
+    def _made_up(self, row: int, width: int) -> Tensor:
+        """The prefix [T, d] of a dummy or a probe."""
+        if row == DUMMY or self.prefix is None:
+            return torch.zeros(1)
+        size = (width, self.prefix.shape[1])
+        return torch.from_numpy(np.random.default_rng(-row).normal(size=size).astype(np.float32))
 
 
 def feature_batches(
@@ -208,5 +250,9 @@ def feature_batches(
     device: str,
 ) -> FeatureBatches:
     """Records at depth `head` from their pooled embeddings [n, d]."""
-    features = frame.features(torch.from_numpy(np.array(embeddings)))
+    features = torch.empty(embeddings.shape)
+    for start in range(0, len(features), _BLOCK):  # blocks of one size: their arithmetic is the same
+        block, part = torch.zeros(_BLOCK, embeddings.shape[1]), embeddings[start : start + _BLOCK]
+        block[: len(part)] = torch.from_numpy(np.array(part))
+        features[start : start + _BLOCK] = frame.features(block)[: len(part)]
     return FeatureBatches(features=features.to(device), labels=torch.from_numpy(labels), units=units)

@@ -39,7 +39,7 @@ _CROSS_SAMPLE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Insta
 
 @dataclass(frozen=True)
 class Clipped:
-    """The sum of clipped unit gradients [P] (fp32, fp64 if asked), their norms before clipping [U], units left out."""
+    """The sum of clipped unit gradients [P], fp64, their norms before clipping [U], units left out."""
 
     total: Tensor
     norms: Tensor
@@ -85,18 +85,16 @@ class _Record:
         return total
 
     def weighted_sum(self, coefficients: Tensor, keep: Tensor | None, total: Tensor) -> None:
-        """Write Σ_u coefficient_u · gradient_u to `total` [size]; units outside `keep` do not enter at all.
+        """Add Σ_u coefficient_u · gradient_u to `total` [size]; units outside `keep` do not enter at all.
 
         In the precision of `total` and `coefficients`.
         """
         if self.per_unit is not None:
-            torch.mv(_without(self.per_unit, keep).to(total.dtype).T, coefficients, out=total)
+            total.addmv_(_without(self.per_unit, keep).to(total.dtype).T, coefficients)
         elif self.factors is not None:
             inputs, grads = (_without(factor, keep).to(total.dtype) for factor in self.factors)
             weighted = grads * coefficients[:, None, None]
-            torch.mm(weighted.flatten(0, 1).T, inputs.flatten(0, 1), out=total.view(self.parameter.shape))
-        else:
-            total.zero_()
+            total.view(self.parameter.shape).addmm_(weighted.flatten(0, 1).T, inputs.flatten(0, 1))
 
 
 def _without(rows: Tensor, keep: Tensor | None) -> Tensor:
@@ -164,10 +162,15 @@ class GradientTape:
         self._layers.append((module, forward))
 
     @contextmanager
-    def recording(self, unit_index: Tensor, n_units: int) -> Iterator[None]:
-        """Tape forward and backward of one batch whose rows belong to `unit_index` [B] of `n_units` units."""
-        in_order = torch.arange(n_units, device=unit_index.device)
-        rows_are_units = len(unit_index) == n_units and bool((unit_index == in_order).all())
+    def recording(self, unit_index: Tensor, n_units: int, *, rows_are_units: bool | None = None) -> Iterator[None]:
+        """Tape forward and backward of one batch whose rows belong to `unit_index` [B] of `n_units` units.
+
+        Several batches of the same units may follow each other: their gradients are added up. `rows_are_units` decides
+        the route; by default it is taken where it can be, which depends on the batch.
+        """
+        if rows_are_units is None:
+            in_order = torch.arange(n_units, device=unit_index.device)
+            rows_are_units = len(unit_index) == n_units and bool((unit_index == in_order).all())
         self._units = _Units(unit_index, n_units, rows_are_units)
         for record in self._order:
             record.clear()
@@ -180,11 +183,11 @@ class GradientTape:
             for module, _ in self._layers:
                 del module.forward
 
-    def clip(self, clip_norm: float, *, exact: bool = False) -> Clipped:
-        """Scale every unit's gradient to norm ≤ `clip_norm` and sum.
+    def clip(self, clip_norm: float, total: Tensor | None = None) -> Clipped:
+        """Scale every unit's gradient to norm ≤ `clip_norm` and sum, on top of `total` [P] (changed) where it is given.
 
-        A unit whose gradient is not finite contributes nothing and is counted. `exact` sums in fp64: there a unit moves
-        the rounding of all others' sum by next to nothing.
+        A unit whose gradient is not finite contributes nothing and is counted. Sums are fp64: there a unit moves the
+        rounding of all others' sum by next to nothing.
 
         Raises:
             PrivacyError: no batch was recorded, `clip_norm` is outside `CLIP_NORMS`, or matrix products are set
@@ -209,7 +212,8 @@ class GradientTape:
         coefficients = torch.where(finite, coefficients, torch.zeros_like(coefficients))
         rejected = int((~finite).sum())  # the step's one synchronisation with a GPU
         keep = finite if rejected else None
-        total = torch.empty(self.dimension, device=squares.device, dtype=torch.float64 if exact else squares.dtype)
+        if total is None:
+            total = torch.zeros(self.dimension, device=squares.device, dtype=torch.float64)
         coefficients = coefficients.to(total.dtype)
         sizes = [record.parameter.numel() for record in self._order]
         for record, part in zip(self._order, torch.split(total, sizes), strict=True):
@@ -217,6 +221,19 @@ class GradientTape:
             record.clear()
         self._units = None
         return Clipped(total=total, norms=norms, rejected=rejected)
+
+    def recorded(self) -> list[Tensor]:
+        """What is kept of the recorded batch, tensors [U, …], and the norms [U] that clipping would find."""
+        units = self._units
+        if units is None:
+            raise PrivacyError("no batch was recorded")
+        kept = [
+            buffer
+            for record in self._order
+            for buffer in (record.per_unit, *(record.factors or ()))
+            if buffer is not None
+        ]
+        return [*kept, torch.stack([record.squared_norms(units) for record in self._order], dim=1)]
 
     def per_unit_gradients(self) -> Tensor:
         """The unclipped gradients [U, P] of the recorded batch, for tests and audits: O(U·P) memory."""

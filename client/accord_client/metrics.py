@@ -68,7 +68,7 @@ def _sums(
     model: TrainableModel, batches: Batches, rate: float, generator: SecureGenerator, runtime: Runtime
 ) -> npt.NDArray[np.float64]:
     rows = batches.units
-    predicted = predict(model, batches.inputs, len(rows), runtime)
+    predicted = predict(model, batches, runtime)
     right = np.bincount(rows, weights=predicted == batches.labels.cpu().numpy()) / np.bincount(rows)
     sampled = generator.bernoulli(rate, len(right))
     return np.array([right[sampled].sum(), float(sampled.sum())])

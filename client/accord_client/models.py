@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from accord_client.pretrained import MODEL_FILES, PROBES, most_tokens, read_model, read_table, read_tokenizer, told
+from accord_client.shapes import DUMMY, Shape
 from accord_shared.errors import DataError, ModelError, PlanError
 from accord_shared.files import sha256_file
 from accord_shared.plan import AdapterSpec, ModelSpec, Plan
@@ -211,16 +212,24 @@ class Encoder:
         ends = np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
         return Tokens(ids=np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded]), ends=ends)
 
-    def pad(self, tokens: Tokens, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(ids, attention mask), both [B, T] int64, padded to the longest of the rows."""
-        sequences = [tokens.row(row) for row in rows]
-        width = max(len(sequence) for sequence in sequences)
+    def pad(self, tokens: Tokens, rows: Sequence[int], shape: Shape | None = None) -> tuple[Tensor, Tensor]:
+        """(ids, attention mask), both [B, T] int64, padded to `shape`, or to the longest of the rows."""
+        sequences = [tokens.row(row) if row >= 0 else self._stand_in(row, shape or Shape()) for row in rows]
+        width = shape.width if shape is not None else max(len(sequence) for sequence in sequences)
         ids = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
         for place, sequence in enumerate(sequences):
             ids[place, : len(sequence)] = sequence
             mask[place, : len(sequence)] = 1
         return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def _stand_in(self, row: int, shape: Shape) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Token ids [t] of a dummy, which is short where the shape has padding, or of a probe."""
+        length = shape.width if shape.full else 1 if row == DUMMY else max(1, shape.width + row)
+        if row == DUMMY:
+            return np.full(length, self.tokenizer.pad_token_id, dtype=np.int64)
+        vocabulary = int(self.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        return np.random.default_rng(-row).integers(0, vocabulary, length)  # made up, and the same everywhere
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """One vector [B, d] per text from hidden states [B, T, d]."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from accord_client.dpsgd import ClippedOptimizer, NoisyOptimizer
-from accord_client.gradients import CLIP_MARGIN, Clipped, GradientTape
+from accord_client.gradients import CLIP_MARGIN, GradientTape
+from accord_client.shapes import DUMMY, Indices, Shape, codes, row_batches, row_counts, widths
+from accord_client.shapes import batches as batches_of
 from accord_shared.dp.noise import SecureGenerator
 from accord_shared.errors import PrivacyError
 from accord_shared.plan import LocalSpec
 from accord_shared.vectors import Layout, Vector, check_finite
 
-Indices = npt.NDArray[np.int64]
+_ROWS = {"features": 256, "cpu": 8, "accelerator": 64}
+"""Most rows of a micro-batch: of features; of texts, where more are no faster and leave more dummies."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,33 @@ class Runtime:
     precision: str = "fp32"
     """`fp32`, or `bf16` for the forward and backward pass; norms, sums and noise stay fp32 or finer."""
     rows_in_memory: int = 64
-    """Rows of a micro-batch; a Poisson sample of any size is processed in as many as it takes."""
+    """Most rows of a micro-batch; a Poisson sample of any size is processed in as many as it takes."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of the forward pass."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16)
+
+    def rows(self, *, features: bool) -> int:
+        """Most rows of a micro-batch whose shape is fixed."""
+        kind = "features" if features else "cpu" if self.device == "cpu" else "accelerator"
+        return min(self.rows_in_memory, _ROWS[kind])
+
+    @contextmanager
+    def repeatable(self) -> Iterator[None]:
+        """Kernels that add up in a fixed order, where an accelerator has the choice."""
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        if self.device == "cpu":
+            yield
+            return
+        torch.use_deterministic_algorithms(True, warn_only=True)  # what has none shows when rows are compared
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "(?s).*determinis", UserWarning)
+                yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 class Batches(Protocol):
@@ -53,10 +77,17 @@ class Batches(Protocol):
 
     @property
     def lengths(self) -> Indices | None:
-        """Length [n] of each row where it decides what a micro-batch costs, else None."""
+        """Number of tokens [n] of each row; None where rows are features."""
 
-    def inputs(self, rows: Indices) -> Tensor | dict[str, Tensor]:
-        """The model's input for the rows, on the model's device."""
+    @property
+    def longest(self) -> int:
+        """Most tokens that a row can have."""
+
+    def inputs(self, rows: Indices, shape: Shape | None = None) -> Tensor | dict[str, Tensor]:
+        """The model's input for the rows (or `DUMMY`, `PROBES`), on the model's device, padded to `shape`.
+
+        Without a shape to the longest row at hand: for work that is not private.
+        """
 
 
 class TrainableModel(Protocol):
@@ -189,33 +220,48 @@ class _Steps:
             if self.noise_multiplier > 0.0:
                 raise PrivacyError("noise without a clip norm hides nothing")
             return self._plain(), 0
-        tape = GradientTape(self.model.module)
-        grouped = _UnitRows(self.batches.units, self.batches.lengths)
+        tape, grouped = GradientTape(self.model.module), _UnitRows(self.batches)
         optimizer = self._clipped_optimizer(self.spec.clip_norm)
         for _ in range(self.spec.steps_per_round):
-            for clipped in self._clipped(tape, grouped, self.spec.clip_norm, exact=False):
-                optimizer.accumulate(clipped)
+            total = self._sum(tape, grouped, self.spec.clip_norm)
+            if total is not None:
+                optimizer.accumulate(total)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return self.accounted, self.rejected
 
     def clipped_sum(self, clip_norm: float) -> Tensor | None:
         """The sum [P] of clipped gradients of one Poisson sample, fp64; None for an empty one."""
-        grouped = _UnitRows(self.batches.units, self.batches.lengths)
+        return self._sum(GradientTape(self.model.module), _UnitRows(self.batches), clip_norm)
+
+    def _sum(self, tape: GradientTape, grouped: _UnitRows, clip_norm: float) -> Tensor | None:
+        """The clipped sum [P], fp64, of one Poisson sample, a micro-batch at a time."""
+        chosen = np.flatnonzero(self.generator.bernoulli(self.spec.sampling_rate, grouped.n_units))
         total: Tensor | None = None
-        for clipped in self._clipped(GradientTape(self.model.module), grouped, clip_norm, exact=True):
-            total = clipped.total if total is None else total + clipped.total
+        with self.runtime.repeatable():
+            for batch in grouped.micro_batches(chosen, lambda shape: self._counts(tape, shape)):
+                self._record(tape, batch)
+                clipped = tape.clip(clip_norm, total)
+                total = clipped.total
+                self.rejected += clipped.rejected
         return total
 
-    def _clipped(self, tape: GradientTape, grouped: _UnitRows, clip_norm: float, *, exact: bool) -> Iterator[Clipped]:
-        """The clipped sums of one Poisson sample, a micro-batch at a time."""
-        chosen = np.flatnonzero(self.generator.bernoulli(self.spec.sampling_rate, grouped.n_units))
-        for rows, unit_of_row, n_units in grouped.micro_batches(chosen, self.runtime.rows_in_memory):
-            with tape.recording(torch.from_numpy(unit_of_row).to(self.runtime.device), n_units):
-                self._loss(rows).backward()  # type: ignore[no-untyped-call]
-            clipped = tape.clip(clip_norm, exact=exact)
-            self.rejected += clipped.rejected
-            yield clipped
+    def _record(self, tape: GradientTape, batch: MicroBatch) -> None:
+        units = torch.from_numpy(batch.units).to(self.runtime.device)
+        with tape.recording(units, batch.slots, rows_are_units=not batch.shape.several):
+            for rows in batch.parts:
+                self._loss(rows, batch.shape).backward()  # type: ignore[no-untyped-call]
+
+    def _counts(self, tape: GradientTape, shape: Shape) -> Sequence[int]:
+        """The numbers of rows at which gradients are a row's own."""
+
+        def run(rows: Indices) -> Sequence[Tensor]:
+            self._record(tape, MicroBatch(shape, (rows,), np.arange(len(rows)), len(rows)))
+            return tape.recorded()
+
+        kind = ("gradients", self.runtime.device, self.runtime.precision)
+        most = self.runtime.rows(features=self.batches.lengths is None)
+        return row_counts(self.model).of(kind, shape, most, run)
 
     def _clipped_optimizer(self, clip_norm: float) -> ClippedOptimizer:
         kind = NoisyOptimizer if self.noise_multiplier > 0.0 else ClippedOptimizer
@@ -248,12 +294,14 @@ class _Steps:
             return torch.optim.Adam(parameters, lr=self.spec.learning_rate)
         return torch.optim.SGD(parameters, lr=self.spec.learning_rate, momentum=self.spec.momentum)
 
-    def _loss(self, rows: Indices) -> Tensor:
+    def _loss(self, rows: Indices, shape: Shape | None = None) -> Tensor:
         """Cross-entropy summed over rows: each row's term depends on that row alone."""
         with self.runtime.autocast():
-            logits = self.model.logits(self.batches.inputs(rows))
-        labels = self.batches.labels[torch.from_numpy(rows)].to(logits.device)
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
+            logits = self.model.logits(self.batches.inputs(rows, shape))
+        real = torch.from_numpy(rows != DUMMY)
+        labels = torch.where(torch.from_numpy(rows >= 0), self.batches.labels[torch.from_numpy(np.maximum(rows, 0))], 0)
+        losses = F.cross_entropy(logits.float(), labels.to(logits.device), reduction="none")
+        return (losses * real.to(logits.device)).sum()
 
 
 def _chunks(rows: Indices, size: int) -> Iterator[Indices]:
@@ -261,50 +309,86 @@ def _chunks(rows: Indices, size: int) -> Iterator[Indices]:
         yield rows[start : start + size]
 
 
-class _UnitRows:
-    """Rows by unit, so that a unit's rows always meet in one micro-batch and are clipped together."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of whole units: `parts` of [R] rows that run one after the other, and the place [R] of each row's unit.
 
-    def __init__(self, units: Indices, lengths: Indices | None) -> None:
+    Of `slots` places. Several parts belong to one unit.
+    """
+
+    shape: Shape
+    parts: tuple[Indices, ...]
+    units: Indices
+    slots: int
+
+
+class _UnitRows:
+    """Rows by unit, so that a unit's rows are clipped together, in micro-batches of units of one shape."""
+
+    def __init__(self, batches: Batches) -> None:
+        units = batches.units
         self.n_units = int(units.max()) + 1 if len(units) else 0
         self._rows = np.argsort(units, kind="stable")
         self._sizes = np.bincount(units, minlength=self.n_units)
         self._ends = np.cumsum(self._sizes)
-        self._single = bool((self._sizes == 1).all())
-        self._longest: Indices | None = None
-        if lengths is not None:
-            self._longest = np.zeros(self.n_units, dtype=np.int64)
-            np.maximum.at(self._longest, units, lengths)
+        width, full = np.zeros(self.n_units, dtype=np.int64), np.ones(self.n_units, dtype=np.bool_)
+        if batches.lengths is not None:
+            np.maximum.at(width, units, batches.lengths)
+            width = widths(width, batches.longest)
+            np.logical_and.at(full, units, batches.lengths == width[units])
+        self._codes = codes(width, full, self._sizes > 1)
 
-    def micro_batches(self, chosen: Indices, limit: int) -> Iterator[tuple[Indices, Indices, int]]:
-        """(rows, unit of each row, number of units) of the `chosen` units, about `limit` rows at a time."""
-        if self._longest is not None:  # the sum does not depend on the order; padding does: units of a length meet
-            chosen = chosen[np.argsort(self._longest[chosen], kind="stable")]
-        for units in self._split(chosen, limit):
-            sizes = self._sizes[units]
-            starts = self._ends[units] - sizes
-            unit_of_row = np.repeat(np.arange(len(units)), sizes)
-            offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-            yield self._rows[np.repeat(starts, sizes) + offsets], unit_of_row, len(units)
+    def micro_batches(self, chosen: Indices, counts_of: Callable[[Shape], Sequence[int]]) -> Iterator[MicroBatch]:
+        """The `chosen` units, a shape at a time, in as many rows as `counts_of` the shape allows."""
+        chosen = chosen[self._sizes[chosen] > 0]
+        for code in np.unique(self._codes[chosen]).tolist():
+            shape, units = Shape.of(code), chosen[self._codes[chosen] == code]
+            counts = counts_of(shape)
+            if shape.several:
+                yield from self._several(shape, units.tolist(), counts)
+                continue
+            for rows in batches_of(self._rows[self._ends[units] - 1], counts):
+                yield MicroBatch(shape, (rows,), np.arange(len(rows)), len(rows))
 
-    def _split(self, chosen: Indices, limit: int) -> Iterator[Indices]:
-        if self._single:
-            yield from _chunks(chosen, limit)
-            return
-        cumulative = np.cumsum(self._sizes[chosen])
-        cuts = np.flatnonzero(np.diff(cumulative // limit)) + 1
-        yield from (part for part in np.split(chosen, cuts) if len(part))
+    def _several(self, shape: Shape, units: Sequence[int], counts: Sequence[int]) -> Iterator[MicroBatch]:
+        """Whole units as they fit; one that does not fit at all in parts of its own."""
+        most, size = counts[0], self._sizes
+        together: list[int] = []
+        for unit in units:
+            if size[unit] > most:
+                parts = tuple(batches_of(self._of(unit), (most,)))
+                yield MicroBatch(shape, parts, np.zeros(most, dtype=np.int64), 1)
+                continue
+            if size[together].sum() + size[unit] > most:
+                yield self._joined(shape, together, counts)
+                together = []
+            together.append(unit)
+        if together:
+            yield self._joined(shape, together, counts)
+
+    def _joined(self, shape: Shape, units: Sequence[int], counts: Sequence[int]) -> MicroBatch:
+        (rows,) = batches_of(np.concatenate([self._of(unit) for unit in units]), counts)
+        places = np.zeros(len(rows), dtype=np.int64)  # dummies add zero to the first
+        places[: self._sizes[units].sum()] = np.repeat(np.arange(len(units)), self._sizes[units])
+        return MicroBatch(shape, (rows,), places, len(rows))
+
+    def _of(self, unit: int) -> Indices:
+        return self._rows[self._ends[unit] - self._sizes[unit] : self._ends[unit]]
 
 
-def predict(
-    model: TrainableModel,
-    inputs: Callable[[Indices], Tensor | dict[str, Tensor]],
-    count: int,
-    runtime: Runtime,
-    rows_in_memory: int = 512,
-) -> Indices:
-    """The predicted class [count] of each record."""
-    parts = []
-    with torch.inference_mode(), runtime.autocast():
-        for rows in _chunks(np.arange(count), rows_in_memory):
-            parts.append(model.logits(inputs(rows)).argmax(dim=1).cpu().numpy())
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+def predict(model: TrainableModel, batches: Batches, runtime: Runtime) -> Indices:
+    """The predicted class [n] of each record, whatever the others are."""
+
+    def scores(rows: Indices, shape: Shape) -> Tensor:
+        return model.logits(batches.inputs(rows, shape))
+
+    def counts(shape: Shape) -> Sequence[int]:
+        kind = ("scores", runtime.device, runtime.precision)
+        return row_counts(model).of(kind, shape, most, lambda rows: [scores(rows, shape)])
+
+    lengths, most = batches.lengths, runtime.rows(features=batches.lengths is None)
+    predicted = np.zeros(len(batches.units), dtype=np.int64)
+    with torch.inference_mode(), runtime.autocast(), runtime.repeatable():
+        for shape, rows in row_batches(lengths, len(predicted), batches.longest, counts):
+            predicted[rows[rows != DUMMY]] = scores(rows, shape).argmax(dim=1).cpu().numpy()[rows != DUMMY]
+    return predicted

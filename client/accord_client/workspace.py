@@ -88,7 +88,7 @@ class Workspace:
         """Of the embeddings of `texts` in the cache."""
         prompts = self.plan.task.prompts
         read = texts if prompts is None else (*texts, *prompts, f"{len(prompts)} prompts")
-        return key(self._digest, self.plan.task.max_tokens, self.plan.model.layer, read)
+        return key(self._digest, self.plan.task.max_tokens, self.plan.model.layer, self.runtime.precision, read)
 
     def keep_embeddings(self, texts: tuple[str, ...], embeddings: np.ndarray[Any, np.dtype[np.float32]]) -> None:
         """Store embeddings [n, d] that were computed elsewhere under the name that `embeddings` looks up."""
@@ -145,7 +145,8 @@ class Workspace:
         tokens = self.encoder.tokenize(examples.texts)
         prefix = None
         if model.frozen_layers:
-            name = key(self._digest, self.plan.task.max_tokens, model.frozen_layers, examples.texts)
+            precision = self.runtime.precision
+            name = key(self._digest, self.plan.task.max_tokens, model.frozen_layers, precision, examples.texts)
             prefix = self._cache.get(name, lambda: self._prefix(model, tokens, on_progress))
         return TokenBatches(
             encoder=self.encoder,

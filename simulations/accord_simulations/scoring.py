@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from accord_client.data import Examples
+from accord_client.shapes import Indices
 from accord_client.tasks.classification import score
-from accord_client.trainer import Indices, predict
+from accord_client.trainer import predict
 from accord_client.workspace import Workspace
 from accord_shared.vectors import Vector
 
@@ -20,7 +21,7 @@ class Scorer:
     def predictions(self, weights: Vector) -> Indices:
         """Predicted class [n] of each record under `weights` [P]."""
         self._workspace.model.load(weights)
-        return predict(self._workspace.model, self._batches.inputs, len(self._examples), self._workspace.runtime)
+        return predict(self._workspace.model, self._batches, self._workspace.runtime)
 
     def score(self, weights: Vector) -> dict[str, float]:
         """The plan's metrics under `weights` [P]."""

@@ -139,12 +139,10 @@ def test_dp_step_benchmark_on_cuda(precision: str) -> None:
 
 
 @pytest.mark.parametrize("depth", ["lora", "full"])
-def test_what_shared_noise_hides_is_summed_in_double_precision(depth: str) -> None:
-    """Each unit adds at most C to the exact sum, and the sum is that of the single precision one to its rounding."""
-    settings = _settings(depth=depth)
-    exact, plain = _recorded(settings).clip(CLIP, exact=True), _recorded(settings).clip(CLIP)
-    assert exact.total.dtype == torch.float64
-    assert exact.total.is_cuda
-    torch.testing.assert_close(exact.total, plain.total.double(), rtol=0.0, atol=1e-4 * CLIP)
-    alone = _recorded(_settings(depth=depth, batch=1)).clip(CLIP, exact=True)
+def test_the_clipped_sum_is_in_double_precision(depth: str) -> None:
+    """Each unit adds at most C to it."""
+    total = _recorded(_settings(depth=depth)).clip(CLIP).total
+    assert total.dtype == torch.float64
+    assert total.is_cuda
+    alone = _recorded(_settings(depth=depth, batch=1)).clip(CLIP)
     assert float(alone.total.norm()) <= CLIP

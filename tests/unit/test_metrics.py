@@ -10,6 +10,7 @@ import torch
 
 from accord_client.data import Examples, number_units
 from accord_client.metrics import hold_back, released_counts
+from accord_client.shapes import Shape
 from accord_client.trainer import Runtime
 from accord_server.rounds import _released
 from accord_shared.dp.noise import SecureGenerator
@@ -32,9 +33,9 @@ class OneClass:
     def __init__(self, labels: list[int], units: list[int]) -> None:
         self.labels = torch.tensor(labels)
         self.units = np.array(units, dtype=np.int64)
-        self.lengths = None
+        self.lengths, self.longest = None, 0
 
-    def inputs(self, rows: np.ndarray) -> torch.Tensor:
+    def inputs(self, rows: np.ndarray, shape: Shape | None = None) -> torch.Tensor:
         return torch.zeros(len(rows), 1)
 
     def logits(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -174,12 +174,19 @@ def accord(settings: StepSettings) -> Step:
         generator=SecureGenerator(),
         on_step=lambda: None,
     )
-    units = torch.arange(settings.batch, device=settings.device)
+    most = settings.runtime.rows(features=False)
+    parts = [bench.batch.rows(start, start + most) for start in range(0, settings.batch, most)]
+    units = torch.arange(most, device=settings.device)
 
     def step() -> None:
-        with tape.recording(units, settings.batch):
-            bench.loss(bench.batch, "sum").backward()  # type: ignore[no-untyped-call]
-        optimizer.accumulate(tape.clip(CLIP))
+        total: Tensor | None = None
+        for part in parts:
+            rows = len(part.labels)
+            with settings.runtime.repeatable(), tape.recording(units[:rows], rows, rows_are_units=True):
+                bench.loss(part, "sum").backward()  # type: ignore[no-untyped-call]
+            total = tape.clip(CLIP, total).total
+        if total is not None:
+            optimizer.accumulate(total)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
