@@ -25,7 +25,7 @@ AUDIT_START = hashlib.sha256(b"accord/1/audit").hexdigest()
 BUSY_S = 60
 _LOCK = 0xACC04D
 _CLAIM = 0xACC04E
-_TRY_CLAIM = "SELECT pg_try_advisory_lock(:key, hashtext(current_schema()))"
+_TRY_CLAIM = "SELECT pg_try_advisory_lock(:key, hashtext(coalesce(current_schema(), '')))"
 _PATIENCE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 """Of connections to PostgreSQL, so that a server that vanished is noticed."""
 CLAIM_S = 5.0

@@ -197,7 +197,7 @@ class Coordinator:
         allowed = 1 + self._plan.run.max_extra_attempts
         while spent.begun < allowed:
             exchange.rest(spent.first - 1 + spent.tries)  # whatever made the last attempt fail may still be there
-            cohort = self._cohort(exchange, number, spent.attempt)
+            cohort = self._cohort(exchange, number, spent.attempt + spent.idle)
             if cohort is None:
                 log.warning("round %d is given up: sites that its first attempt asked do not come back", number)
                 return self._ended_attempts(spent, self._forfeited(), number, 0)
@@ -223,13 +223,16 @@ class Coordinator:
             f"{spent.tries} attempts, cohort.minimum is {self._plan.cohort.minimum} ({'; '.join(reasons)})"
         )
 
-    def _cohort(self, exchange: Exchange, number: int, attempt: int) -> tuple[str, ...] | None:
-        """Sites to ask, at least `cohort.minimum`; None where the round's first attempt bars too many for good."""
+    def _cohort(self, exchange: Exchange, number: int, draw: int) -> tuple[str, ...] | None:
+        """Sites to ask, at least `cohort.minimum`; None where the round's first attempt bars too many for good.
+
+        `draw` tells apart the choices of a round: where too few of one were ready, the next is another.
+        """
         minimum, bound = self._plan.cohort.minimum, self._bound(number)
         while exchange.ready(minimum, bound):
             present = [site for site in exchange.present() if bound is None or site in bound]
             if len(present) >= minimum:
-                return choose_cohort(self._plan, present, number, attempt)
+                return choose_cohort(self._plan, present, number, draw)
         return None
 
     def _bound(self, number: int) -> frozenset[str] | None:

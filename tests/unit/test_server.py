@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from accord_server.aggregation import PlainAggregation
+from accord_server.aggregation import Aggregate, Begin, PlainAggregation, unnoted
 from accord_server.checkpoint import Begun, CheckpointFolder, Seal
 from accord_server.cohort import choose_cohort
-from accord_server.exchange import LocalExchange
+from accord_server.exchange import Exchange, LocalExchange
 from accord_server.optimizer import initial_state, step
 from accord_server.rounds import Coordinator, Hooks, RoundReport
 from accord_shared.errors import CheckpointError, Interrupted, NonFinite, OutputError, ProtocolError, RoundAborted
@@ -382,6 +382,27 @@ def test_attempts_rest_after_each_other_also_over_a_restart(tmp_path: Path) -> N
             coordinator(plan(), CheckpointFolder(tmp_path)).run(waits)
         assert waits.rests == [before, before + 1, before + 2]
         waits.rests.clear()
+
+
+def test_where_too_few_of_a_cohort_are_ready_the_next_choice_is_another_and_the_attempt_the_same() -> None:
+    tried: list[tuple[int, tuple[str, ...]]] = []
+
+    class NotReady(PlainAggregation):
+        def collect(
+            self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange, begin: Begin = unnoted
+        ) -> Aggregate:
+            tried.append((request.attempt, cohort))
+            if len(tried) <= 3:
+                return Aggregate(np.zeros(3), (), trips=0, begun=False)
+            return super().collect(request, cohort, exchange, begin)
+
+    sites = exchange({f"site-{index:02d}": adds(1.0) for index in range(20)})
+    start = np.zeros(3, dtype=np.float32)
+    made = Coordinator(plan(**{"run.rounds": 1}), "run", start, aggregation=NotReady())
+    made.run(sites)
+    assert [attempt for attempt, _ in tried] == [1] * 4
+    assert len({cohort for _, cohort in tried}) == 4
+    assert made.history[0]["aborted_attempts"] == 0
 
 
 def test_who_leaves_between_the_wait_and_the_choice_is_waited_for() -> None:
