@@ -184,8 +184,8 @@ class CohortSpec(Table):
     """How many sites a round asks, and how many must finish it."""
 
     size: int = Field(ge=1, le=100_000)
-    minimum: int = Field(default=1, ge=1)
-    colluders: int = Field(default=0, ge=0)
+    minimum: int = Field(default=1, ge=1, le=100_000)
+    colluders: int = Field(default=0, ge=0, le=100_000)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -466,8 +466,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"{path} is not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # not all that is wrong is a `TOMLDecodeError`: huge numbers
+        raise PlanError(f"{path} is not TOML: {str(error)[:200]}") from None
 
 
 def read_plan(path: Path) -> Plan:

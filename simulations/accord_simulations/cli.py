@@ -123,7 +123,7 @@ def merge_changes(options: dict[str, Any], sets: list[str] | None) -> dict[str, 
             raise PlanError(f"--set {pair}: expected key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # not TOML: a plain word
             value = text
         if key in changes and changes[key] != value:
             raise PlanError(f"--set {key} contradicts the option that sets it to {changes[key]!r}")
