@@ -25,7 +25,16 @@ from accord_client.settings import SiteFolder, SiteSettings
 from accord_client.trainer import Runtime
 from accord_client.workspace import Workspace
 from accord_shared.cli_output import duration
-from accord_shared.errors import AccordError, Interrupted, OutputError, SitePreparing, Withheld
+from accord_shared.errors import (
+    AccordError,
+    Interrupted,
+    LimitReached,
+    ModelError,
+    OutputError,
+    PolicyRefused,
+    SitePreparing,
+    Withheld,
+)
 from accord_shared.plan import Plan
 from accord_shared.service.pb import accord_pb2 as pb
 
@@ -35,6 +44,8 @@ PATIENCE_S = 2.0
 """For how long the first question for a plan waits: small data sets are prepared by then."""
 RETRY_S, MOST_RETRY_S = 5.0, 300.0
 """Pauses before what failed is tried again; they double."""
+_PUBLIC = (LimitReached, PolicyRefused, ModelError)
+"""What fails without a look at the records."""
 MOST_KNOWN = 16
 """Plans whose progress is remembered."""
 PreparationState = Literal["reading", "embedding", "ready", "failed"]
@@ -219,6 +230,7 @@ class Preparer:
 
         Raises:
             SitePreparing: it goes on; the words are the same whatever the data are.
+            LimitReached, PolicyRefused, ModelError: it cannot be.
             Withheld: it failed, for a reason that may depend on the records.
         """
         if self._is_ready(plan):
@@ -227,6 +239,8 @@ class Preparer:
         progress = self.start(plan)
         progress.ended.wait(0.0 if begun else PATIENCE_S)
         if progress.error is not None:
+            if isinstance(progress.error, _PUBLIC):
+                raise type(progress.error)(str(progress.error))
             raise Withheld(f"{type(progress.error).__name__}: {progress.error}")
         if not progress.ended.is_set():
             raise SitePreparing("this site still prepares its records for the plan")

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,8 +203,10 @@ class Chain:
         if self._durable:
             sync_folder(self.folder)
 
-    def check_owner(self, ledger_id: str, reading: Reading, head: Head) -> None:
+    def check_owner(self, ledger_id: str, reading: Reading, head: Head, accounted: Collection[Head] = ()) -> None:
         """Compare with what is noted beside the file; note it where nothing is.
+
+        Entries that are `accounted` for elsewhere are not missed.
 
         Raises:
             LedgerDamaged: the ledger is not the folder's first one.
@@ -219,10 +221,10 @@ class Chain:
             raise LedgerDamaged(f"{self._marker.name} cannot be read") from None
         if owner != ledger_id:
             raise LedgerDamaged(f"{self.path.name} is not the ledger of this folder, which {self._marker.name} names")
-        if noted != NO_LEDGER and reading.hash_of(noted.seq) != noted.hash:
+        if noted not in (NO_LEDGER, *accounted) and reading.hash_of(noted.seq) != noted.hash:
             raise LedgerRolledBack(
                 f"{self.path.name} lacks entry {noted.seq}, which {self._marker.name} names: an old or partial copy? "
-                f"Copy the whole folder, or remove {self._marker.name} and {RECOVER}"
+                f"Copy the whole folder, or {RECOVER}"
             )
 
     def _note_head(self, head: Head) -> None:

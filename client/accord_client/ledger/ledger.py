@@ -54,6 +54,8 @@ class Ledger:
         self._datasets = tuple(datasets)
         self._balance = Balance()
         self._limits = LimitCheck()
+        self._accounted: frozenset[Head] = frozenset()
+        """Entries that a receipt, which is being imported, accounts for."""
 
     # --- reading
 
@@ -80,7 +82,7 @@ class Ledger:
                 raise
             self._balance, new = recovered, True  # `recover` counted all that this process knew
         if new:
-            self._chain.check_owner(self._balance.ledger, reading, self._balance.head)
+            self._chain.check_owner(self._balance.ledger, reading, self._balance.head, self._accounted)
         self._balance.remind(reading.notes())
         return self._balance
 
@@ -298,6 +300,7 @@ class Ledger:
             ProtocolError: the receipt is not one of this identity, or malformed.
         """
         account = receipt.open(identity)
+        self._accounted = frozenset([receipt.head, *(Head(seq, bytes.fromhex(value)) for seq, value in account.trail)])
         with self._write() as (balance, writing):
             if receipt.head == balance.head or any(receipt.head in _heads(entry) for entry in balance.imports):
                 return False
