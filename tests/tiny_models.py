@@ -378,6 +378,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "bytes_class": (tokenizer_class("ByT5Tokenizer"), "ByT5Tokenizer does not read texts"),
     "empty_tokenizer": (content("tokenizer.json", "{}"), "cannot load the tokenizer"),
     "cut_tokenizer": (bytes_of("tokenizer.json", lambda data: data[:-40]), "cannot load the tokenizer"),
+    "file_without_digest": (
+        both(tokenizer_class("PhobertTokenizer"), content("vocab.txt", "a 1\nb 1\n"), content("bpe.codes", "a b 1\n")),
+        "reads bpe.codes, which no digest of a model covers",
+    ),
     "no_padding": (lambda f: edit(f / "tokenizer_config.json", pad_token=None), "has no padding token"),
     "pad_beyond": (lambda f: edit(f / "tokenizer_config.json", pad_token="[PAD]"), "its padding token has id 400"),
     "token_beyond": (added_token, "a token has id 400, the model has 400 embeddings"),

@@ -62,6 +62,8 @@ def _parts(root: Path) -> list[Path]:
     found = [path for path in sorted(root.glob("*/config.json")) if not path.parent.name.endswith("_Pooling")]
     if len(found) > 1:
         raise ModelError(f"{len(found)} models in {root}: name the folder of one, {found[0].parent} for instance")
+    if found and pooling(root) != pooling(found[0].parent):
+        raise ModelError(f"{root / '1_Pooling'} is not in the model's own folder, {found[0].parent}: move it there")
     return found
 
 

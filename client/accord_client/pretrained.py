@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,9 @@ def _rows(folder: Path, model: Any) -> int:
 
 def _check_vocabulary(folder: Path, tokenizer: Any, rows: int) -> None:
     names = dict(type(tokenizer).vocab_files_names)
+    for name in names.values():
+        if (folder / name).exists() and not any(fnmatch(name, pattern) for pattern in MODEL_FILES):
+            raise ModelError(f"the tokenizer in {folder} reads {name}, which no digest of a model covers")
     plain = [name for key, name in names.items() if key in ("vocab_file", "merges_file")]
     absent = [name for name in plain if not (folder / name).is_file()]
     if absent and not (folder / "tokenizer.json").is_file():

@@ -182,6 +182,11 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         (tmp_path / "two" / name / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="2 models in"):
         locate(f"path:{tmp_path / 'two'}")
+    (tmp_path / "two" / "b" / "config.json").unlink()
+    assert locate(f"path:{tmp_path / 'two'}") == tmp_path / "two" / "a"
+    tiny_models.content("1_Pooling/config.json", '{"pooling_mode_cls_token": true}')(tmp_path / "two")
+    with pytest.raises(ModelError, match="1_Pooling is not in the model's own folder"):
+        locate(f"path:{tmp_path / 'two'}")
 
 
 def test_files_that_cannot_be_read_are_refused(changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
