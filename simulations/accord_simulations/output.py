@@ -177,6 +177,8 @@ def _check_marker(marker: Path, identity: RunIdentity, *, resume: bool) -> None:
     if known.scenario != identity.scenario:
         raise OutputError(f"{marker.parent} belongs to another scenario: its data, population, faults or comparisons")
     if known.data != identity.data:
-        raise OutputError(f"{marker.parent} was begun with other data: it is resumed with the same records, in order")
+        raise OutputError(
+            f"{marker.parent} was begun with other data: it takes the same records, in order and shared out alike"
+        )
     if known.plan_hash != identity.plan_hash:
         raise OutputError(f"{marker.parent} belongs to plan {known.plan_hash[:12]}…, not to {identity.plan_hash[:12]}…")
