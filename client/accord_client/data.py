@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from accord_client.connectors.cells import BLANK, Checked, check_column
-from accord_client.connectors.csv_file import open_csv
+from accord_client.connectors.csv_file import check_folder, open_csv
 from accord_client.connectors.parquet_file import open_parquet
 from accord_client.connectors.source import (
     SWALLOWED,
@@ -54,6 +54,7 @@ def read_examples(
     label_map: Mapping[str, str] | None = None,
     empty_texts: EmptyTexts = "refuse",
     delimiter: str = ",",
+    max_cell_lines: int = 200,
 ) -> Examples:
     """Reads a labelled data set from a .csv, .csv.gz (UTF-8, BOM tolerated) or .parquet file.
 
@@ -70,7 +71,7 @@ def read_examples(
             text, an unknown label, an empty unit id, no records at all.
     """
     schema = _Schema(text, label, tuple(labels), unit, tuple(columns), dict(label_map or {}), empty_texts)
-    with _open(path, schema, delimiter) as source:
+    with _open(path, schema, delimiter=delimiter, max_cell_lines=max_cell_lines) as source:
         return _assemble(source, schema, "record" if path.suffix.lower() == ".parquet" else "row")
 
 
@@ -235,7 +236,7 @@ def _units(schema: _Schema, columns: Mapping[str, npt.NDArray[np.str_]], n: int)
 # --- files
 
 
-def _open(path: Path, schema: _Schema, delimiter: str) -> AbstractContextManager[Source]:
+def _open(path: Path, schema: _Schema, **syntax: Any) -> AbstractContextManager[Source]:
     if path.is_dir():
         raise DataError(f"{path}: is a folder; expected {_EXPECTED} with columns {short_list(schema.needed)}")
     if not path.is_file():
@@ -243,7 +244,7 @@ def _open(path: Path, schema: _Schema, delimiter: str) -> AbstractContextManager
     name = path.name.lower()
     try:
         if name.endswith((".csv", ".csv.gz")):
-            return open_csv(CsvData(kind="csv", **schema.table(path, delimiter=delimiter)), path.parent)
+            return open_csv(CsvData(kind="csv", **schema.table(path, **syntax)), path.parent)
         if name.endswith(".parquet"):
             return open_parquet(ParquetData(kind="parquet", **schema.table(path)), path.parent)
     except ValidationError as error:
@@ -260,6 +261,8 @@ def _load_hub(name: str, split: str, revision: str | None, schema: _Schema) -> S
     except ImportError as error:
         raise MissingExtra('hub data needs datasets: pip install "accord-federated[simulation]"') from error
     where = f"{name} [{split}]"
+    if Path(name).is_dir():
+        check_folder(Path(name), schema.label)
     try:
         loaded = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # the library lets errors of many kinds through: one line for the user

@@ -43,6 +43,7 @@ class _Labelled(_Spec):
     columns: tuple[str, ...] = ()
     empty_texts: EmptyTexts = "refuse"
     delimiter: str = Field(default=",", pattern=r"^[\t -!#-~]$")
+    max_cell_lines: int = Field(default=200, ge=1, le=1_000_000)
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     hub: str | None = None
     hub_revision: str | None = None
@@ -365,6 +366,7 @@ def _read(data: FilesData, population: PopulationSpec, path: Path) -> Examples:
         label_map=data.label_map,
         empty_texts=data.empty_texts,
         delimiter=data.delimiter,
+        max_cell_lines=data.max_cell_lines,
     )
 
 

@@ -314,3 +314,35 @@ def test_many_failing_lines_are_too_many_even_if_they_are_few_rows(reader: Reade
         reader.site()
     reader.write("text,label\n" + f"{long},card\n" * 100 + f"{long},other\n")
     assert reader.site().rejected == 1
+
+
+SWALLOWING = 'text,label\na,card\n"b,card\nc,loan\nd",loan\n' + "e,card\n" * 9
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(SWALLOWING, "row 3: a cell of several lines"), ('text,label\n"a\\"b",card\n', "row 2: line 2")],
+)
+def test_a_folder_that_the_datasets_library_reads_keeps_the_rule(
+    reader: Reader, content: str, problem: str, tmp_path: Path
+) -> None:
+    """Its reader has rules of its own: swallowed rows would be one."""
+    pytest.importorskip("datasets", reason="the datasets library is not installed")
+    from accord_client.data import read_hub
+
+    (tmp_path / "set").mkdir()
+    reader.write(content, "set/train.csv")
+    spec = make_spec({"kind": "hub", "source": "path:set", "text": "text", "label": "label"})
+    for read in (
+        lambda: load(spec, reader.plan, tmp_path / "q.csv", folder=tmp_path),
+        lambda: read_hub(str(tmp_path / "set"), "train", text="text", label="label", labels=LABELS),
+    ):
+        with pytest.raises(DataError, match=problem):
+            read()
+
+
+def test_a_simulation_may_name_the_lines_of_a_cell(reader: Reader) -> None:
+    reader.write('text,label\n"' + "a\n" * 300 + '",card\nb,loan\n')
+    with pytest.raises(DataError, match="max_cell_lines = 200"):
+        reader.simulation()
+    assert len(reader.simulation(max_cell_lines=301)) == 2

@@ -177,3 +177,12 @@ def test_a_site_s_policy_refuses_another_unit(plan_of: Callable[..., Plan]) -> N
     check_plan(spec, plan_of({"task.unit": "column:customer"}))
     with pytest.raises(DataError, match=r"task\.unit is 'row', the data set's is 'column:customer'"):
         check_plan(spec, plan_of())
+
+
+def test_a_ledger_that_sums_different_units_says_so(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    store, plans = SiteStore(tmp_path), [plan_of(), plan_of({"task.unit": "column:customer"})]
+    for number, plan in enumerate(plans, start=1):
+        store.keep_plan(plan.hash, plan.to_json())
+        store.release(plan.hash, number, "m", None, None)
+        shown = CliRunner().invoke(ledger_app, ["show", "--folder", str(tmp_path)]).stdout
+        assert ("units differ" in shown) == (number == 2)

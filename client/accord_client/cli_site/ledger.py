@@ -164,6 +164,8 @@ def _text(facts: dict[str, Any]) -> str:
                 for plan in dataset["plans"]
             ),
         ]
+        if len({plan["unit"] for plan in dataset["plans"]} - {None}) > 1:
+            lines.append("  units differ: the epsilon holds for the smaller of them; of a larger one more was spent")
     return "\n".join(lines)
 
 

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from accord_client.connectors.csv_rows import CsvRows, Malformed, Unreadable, hidden_labels
-from accord_client.connectors.source import BATCH_ROWS, Bad, Batch, Source, Span, one_line, require_columns
+from accord_client.connectors.source import (
+    BATCH_ROWS,
+    SWALLOWED,
+    Bad,
+    Batch,
+    Source,
+    Span,
+    one_line,
+    plain_name,
+    require_columns,
+)
 from accord_client.connectors.spec import CsvData
 from accord_shared.errors import DataError
 
@@ -86,6 +96,39 @@ def _other_delimiter(path: Path, spec: CsvData) -> str:
             if spec.label.encode() in CsvRows(file, delimiter, 1).header:
                 return f" (delimiter = {delimiter!r} would fit)"
     return ""
+
+
+def check_folder(folder: Path, label: str) -> None:
+    """The CSV files in a folder break no rule: before another reader, which has rules of its own, reads them.
+
+    Files without a column `label` are not looked at.
+
+    Raises:
+        DataError: one does; the line names the file and the row.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name.lower().endswith((".csv", ".csv.gz")):
+            with _reading(path), _opened(path) as file:
+                _check(path, CsvRows(file, ",", CsvData.model_fields["max_cell_lines"].default), label.encode())
+
+
+def _check(path: Path, rows: CsvRows, label: bytes) -> None:
+    if label not in rows.header:
+        return
+    at, number = rows.header.index(label), 1
+    seen: set[str] = set()
+    doubts: list[tuple[int, set[str]]] = []
+    for row in rows:
+        number += 1
+        if isinstance(row, Malformed):
+            raise DataError(f"{path}, row {number}: {row.problem}")
+        if row is not None and row.lines == 1:
+            seen.add(plain_name(_text(row.cells[at])))
+        elif row is not None:
+            doubts.append((number, {plain_name(_text(cell)) for cell in hidden_labels(row, at, ",")}))
+    for doubtful, labels in doubts:
+        if labels & seen:
+            raise DataError(f"{path}, row {doubtful}: {SWALLOWED}")
 
 
 def _batches(rows: CsvRows, spec: CsvData, header: list[str]) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accord_client.connectors.csv_file import check_folder
 from accord_client.connectors.source import BATCH_ROWS, Batch, Source, one_line, require_columns
 from accord_client.connectors.spec import HubData
 from accord_shared.errors import DataError, MissingExtra
@@ -19,7 +20,8 @@ def open_hub(spec: HubData, folder: Path) -> Iterator[Source]:
     A local folder is streamed, so that the library keeps no copy of it; a hub's data set is cached as the library does.
 
     Raises:
-        DataError: the hub or the library refuses, a column is missing; also while it is read.
+        DataError: the hub or the library refuses, a column is missing, a CSV file breaks the rule of `csv_rows`; also
+            while it is read.
         MissingExtra: the `datasets` library is not installed.
     """
     try:
@@ -31,6 +33,8 @@ def open_hub(spec: HubData, folder: Path) -> Iterator[Source]:
     local = kind == "path"
     if local and not (folder / place).is_dir():
         raise DataError(f"{folder / place}: no such folder")
+    if local:
+        check_folder(folder / place, spec.label)
     where, revision = (str(folder / place), None) if local else (place.partition("@")[0], place.partition("@")[2])
     try:
         split = datasets.load_dataset(where, spec.config, split=spec.split, revision=revision, streaming=local)
