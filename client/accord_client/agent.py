@@ -454,9 +454,12 @@ class Agent:
         Raises:
             BadInput, PolicyRefused: as `PlanBook.approve`.
         """
-        record = self._gate.book.approve(plan_hash)
+        costed = self.plan(plan_hash)  # before its records take the machine
+        record = self._gate.approve(plan_hash)
         self._preparer.start(record.parsed)
-        return self._costed(record)
+        info = record.info()
+        info.cost = costed.cost
+        return info
 
     def plan(self, plan_hash: str) -> pb.PlanInfo:
         """A plan that was offered, and what it costs.
@@ -464,7 +467,7 @@ class Agent:
         Raises:
             BadInput: as `PlanBook.find`.
         """
-        return self._costed(self._gate.book.find(plan_hash))
+        return self._costed(self._gate.find(plan_hash))
 
     def _costed(self, record: PlanRecord) -> pb.PlanInfo:
         info = record.info()
@@ -504,7 +507,7 @@ class AgentService(services.AgentServicer):
 
     def ListPlans(self, request: pb.Empty, context: grpc.ServicerContext) -> pb.PlanList:  # noqa: N802
         """Plans that were ever offered."""
-        return pb.PlanList(plans=[record.info() for record in self._agent.gate.book.records()])
+        return pb.PlanList(plans=[record.info() for record in self._agent.gate.records()])
 
     def ShowPlan(self, request: pb.PlanHash, context: grpc.ServicerContext) -> pb.PlanInfo:  # noqa: N802
         """One of them."""

@@ -6,14 +6,15 @@ Asked at every message that begins work, not only when a plan is joined: policie
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from accord_client.connectors import DataSpec
-from accord_client.plans import PlanBook
+from accord_client.plans import PlanBook, PlanRecord
 from accord_client.policy import Policy
 from accord_client.settings import SiteFolder
-from accord_shared.errors import AccordError, ImpostorError, PlanError, ProtocolError
+from accord_shared.errors import AccordError, ImpostorError, PlanError, ProtocolError, SettingsError
 from accord_shared.messages import Enquiry, MaskRequest, Message, TrainRequest
 from accord_shared.plan import Plan
 from accord_shared.signatures import PlanSignature
@@ -41,6 +42,33 @@ class Gate:
         if self._read is None or self._read[0] != now:
             self._read = now, Policy.read(self._path)
         return self._read[1]
+
+    # --- for the operator
+
+    def records(self) -> tuple[PlanRecord, ...]:
+        """Plans that were ever offered, the newest last, as the policy judges them now.
+
+        Raises:
+            SettingsError: a record is damaged.
+        """
+        return tuple(self._judged(record) for record in self.book.records())
+
+    def find(self, plan_hash: str) -> PlanRecord:
+        """One of them; see `PlanBook.find`."""
+        return self._judged(self.book.find(plan_hash))
+
+    def approve(self, plan_hash: str) -> PlanRecord:
+        """The operator's yes; see `PlanBook.approve`."""
+        return self.book.approve(self.find(plan_hash).hash)
+
+    def _judged(self, record: PlanRecord) -> PlanRecord:
+        """A refusal of an earlier policy is none of this one's; what was noted stays while the policy is malformed."""
+        with suppress(SettingsError):
+            plan = record.parsed
+            problem = self.policy.problem(plan, record.signer, self._coordinator, self._data)
+            if problem != record.problem:
+                return self.book.offer(plan, record.signer, problem, automatic=self.policy.approval == "policy")
+        return record
 
     @staticmethod
     def begins_work(message: Message) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from accord_shared.vectors import Layout, Vector
 
 PROBE_TOKENS = 48
 """Up to here a probe text is embedded beside longer ones."""
+_LOADING = threading.RLock()
+"""Libraries import their own parts and load models by state of the whole process: one thread at a time."""
 SAME = 1e-3
 """Relative difference of two embeddings of one text that rounding explains."""
 
@@ -141,6 +144,10 @@ class Encoder:
     """
 
     def __init__(self, folder: Path, max_tokens: int, layer: int = -1) -> None:
+        with _LOADING:
+            self._load(folder, max_tokens, layer)
+
+    def _load(self, folder: Path, max_tokens: int, layer: int) -> None:
         key = (digest(folder), max_tokens, layer)
         self.pooling = pooling(folder)
         self.model: nn.Module = read_model(folder, twice=key not in _SOUND)
@@ -345,7 +352,8 @@ class EncoderModel:
     def __init__(self, encoder: Encoder, frame: LabelFrame, plan: Plan, device: str) -> None:
         self.encoder = encoder
         self.frame = frame
-        backbone = _adapted(encoder, plan)
+        with _LOADING:
+            backbone = _adapted(encoder, plan)
         self.module: nn.Module = _Classifier(backbone, frame).to(device)
         self.layout = _layout(self.module)
         self._prefix: Tensor | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -290,6 +292,27 @@ def test_a_budget_that_does_not_suffice_is_said_before_anything_is_embedded(
     assert reply.kind == "LimitReached"
     assert slow.calls <= 1  # the names of the labels
     assert "would exceed the limit of 8" in agent.status().refusals[0].reason
+
+
+def test_models_are_loaded_one_at_a_time(model_folder: Path) -> None:
+    """In a fresh process: libraries that import their parts when they are needed fail where two threads need them."""
+    code = (
+        "import sys, threading\n"
+        "from pathlib import Path\n"
+        "from accord_client.models import Encoder\n"
+        "assert 'transformers' not in sys.modules or 'transformers.models.bert' not in sys.modules\n"
+        "failed = []\n"
+        "def load():\n"
+        "    try: Encoder(Path(sys.argv[1]), 16)\n"
+        "    except BaseException as error: failed.append(repr(error))\n"
+        "threads = [threading.Thread(target=load) for _ in range(4)]\n"
+        "[one.start() for one in threads]; [one.join() for one in threads]\n"
+        "assert not failed, failed\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model_folder)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_fault_of_the_program_is_told_too(agent: Agent, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import tomli_w
 from safetensors.numpy import save
 
 from accord_client import check as checks
+from accord_client.enrolment import Enrolment
 from accord_client.keystore import Keys
 from accord_client.ledger.entries import DataSet, Limits
 from accord_client.plans import PlanBook
@@ -209,19 +210,19 @@ def agent(site: SiteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def plans_by_hand(run: Run, site: SiteFolder) -> None:
+    write_data(site)
+    write_policy(site, most_rounds=8)
     assert "no plan was offered yet" in ok(run("plan", "list"))
-    book = PlanBook(site.plans)
-    book.offer(PLAN, "a" * 64, None)
-    outside = plan_of({"run.rounds": 9})
-    book.offer(outside, "a" * 64, "run.rounds: too many")
+    book, signer = PlanBook(site.plans), Enrolment.read(site).coordinator.fingerprint
+    book.offer(PLAN, signer, None)
+    outside = PLAN.revised({"run.rounds": 9})
+    book.offer(outside, signer, "run.rounds wants 8 at most, not 9")
     states = {one["hash"]: one["state"] for one in facts(run("plan", "list", "--json"))["plans"]}
     assert states == {PLAN.hash: "waiting", outside.hash: "refused"}
     shown = facts(run("plan", "show", PLAN.hash[:8], "--json"))
     assert (shown["plan"]["run"]["rounds"], shown["state"]) == (4, "waiting")
+    assert shown["cost"]["epsilon"]["most"] == 8.0
     assert "rounds = 4" in ok(run("plan", "show", PLAN.hash))
-    assert "problem" in shown["cost"]
-    write_policy(site)
-    assert facts(run("plan", "show", PLAN.hash[:8], "--json"))["cost"]["epsilon"]["most"] == 8.0
     approved = facts(run("plan", "approve", PLAN.hash, "--json"))
     assert (approved["state"], approved["cost"]["dataset"], approved["cost"]["epsilon"]["spent"]) == (
         "approved",
@@ -230,11 +231,26 @@ def plans_by_hand(run: Run, site: SiteFolder) -> None:
     )
     assert " → 8 of 8" in ok(run("plan", "approve", PLAN.hash))
     book.require(PLAN.hash)
-    refused(run("plan", "approve", outside.hash), "run.rounds: too many")
+    refused(run("plan", "approve", outside.hash), "run.rounds")
     refused(run("plan", "approve", "f" * 64), "no plans of hash")
     refused(run("plan", "approve", "../../etc/passwd"), "no plan hash")
     with pytest.raises(PolicyRefused):
         book.require(outside.hash)
+
+
+def test_a_plan_is_judged_by_the_policy_of_now(run: Run, site: SiteFolder) -> None:
+    """What an earlier policy refused may be approved at once; what this one refuses may not, whatever was said."""
+    plans_by_hand(run, site)
+    outside = PLAN.revised({"run.rounds": 9})
+    write_policy(site, most_rounds=9)
+    states = {one["hash"]: one["state"] for one in facts(run("plan", "list", "--json"))["plans"]}
+    assert states == {PLAN.hash: "approved", outside.hash: "waiting"}
+    assert facts(run("plan", "approve", outside.hash, "--json"))["state"] == "approved"
+    write_policy(site, most_rounds=3)
+    refused(run("plan", "approve", PLAN.hash), "run.rounds", "3 at most, not 4")
+    assert facts(run("plan", "show", PLAN.hash, "--json"))["state"] == "refused"
+    site.policy.write_text("version = 9")
+    assert "refused" in ok(run("plan", "list"))  # a policy that cannot be read hides nothing
 
 
 def test_plans_without_an_agent(run: Run, site: SiteFolder) -> None:
@@ -258,6 +274,8 @@ def test_status_pause_and_resume(run: Run, agent: Agent) -> None:
     assert "ffffffffffff: DataError: cases.csv: 7 of 17 rows fail (since 2001-09-09" in text
     assert told["preparations"][0]["left_s"] == 150.0
     ok(run("status", "--wait", "--timeout", "5"))
+    late = run("plan", "list", "--wait", "--timeout", "0.2")
+    assert (late.code, late.err) == (3, "accord: not ready within 0.2 s: no plan waits for this site's operator\n")
     assert facts(run("pause", "--json"))["state"] == "paused"
     assert facts(run("status", "--json"))["state"] == "paused"
     waited = run("status", "--wait", "--timeout", "0.2")

@@ -15,7 +15,7 @@ from accord_shared.cli_output import Json, fields, moment, show
 from accord_shared.errors import NotRunning
 
 if TYPE_CHECKING:
-    from accord_client.plans import PlanBook
+    from accord_client.gate import Gate
     from accord_shared.service.pb import accord_pb2 as pb
 
 plan_app = typer.Typer(help="Plans that were offered: what they ask for, and whether they may begin.")
@@ -30,17 +30,18 @@ def list_plans(
     as_json: Json = False,
 ) -> None:
     """All plans that were ever offered, the newest last."""
-    from accord_client.plans import PlanBook
     from accord_shared.service.pb import accord_pb2 as pb
 
     if wait:
+        from accord_client.plans import PlanBook
+
         book = PlanBook(opened(folder).plans)
         waiting = "no plan waits for this site's operator"
         wait_ready(lambda: "" if any(one.state == "waiting" for one in book.records()) else waiting, timeout)
     plans = _either(
         folder,
         lambda agent: list(agent.ListPlans(pb.Empty(), timeout=CALL_S).plans),
-        lambda book: [record.info() for record in book.records()],
+        lambda gate: [record.info() for record in gate.records()],
     )
     facts = {"plans": [_facts(plan) for plan in plans]}
     lines = [f"{plan.hash[:12]}  {plan.state:8}  {_name(plan)}: {plan.detail}" for plan in plans]
@@ -56,7 +57,7 @@ def show_plan(plan: Hash, folder: Folder = DEFAULT_FOLDER, as_json: Json = False
     found = _either(
         folder,
         lambda agent: agent.ShowPlan(pb.PlanHash(hash=plan), timeout=CALL_S),
-        lambda book: book.find(plan).info(),
+        lambda gate: gate.find(plan).info(),
     )
     cost = _cost(folder, found)
     facts = {**_facts(found), "cost": cost, "plan": json.loads(found.plan)}
@@ -71,7 +72,7 @@ def approve(plan: Hash, folder: Folder = DEFAULT_FOLDER, as_json: Json = False) 
     found = _either(
         folder,
         lambda agent: agent.ApprovePlan(pb.PlanHash(hash=plan), timeout=CALL_S),
-        lambda book: book.approve(plan).info(),
+        lambda gate: gate.approve(plan).info(),
     )
     cost = _cost(folder, found)
     show({**_facts(found), "cost": cost}, [*cost_lines(cost), f"plan {found.hash}: {found.state}"], as_json)
@@ -103,16 +104,19 @@ def _change(one: dict[str, Any]) -> str:
     return f"{spent} → {after} {most}{'' if one['fits'] else ': more than allowed'}"
 
 
-def _either(path: Path, by_agent: Callable[[Any], Any], by_book: Callable[[PlanBook], Any]) -> Any:
+def _either(path: Path, by_agent: Callable[[Any], Any], by_gate: Callable[[Gate], Any]) -> Any:
     """Ask the agent or, while none runs, the folder."""
     from accord_client.cli_site.agent import agent_stub
-    from accord_client.plans import PlanBook
+    from accord_client.enrolment import Enrolment
+    from accord_client.gate import Gate
+    from accord_client.settings import SiteSettings
 
     try:
         with agent_stub(path) as agent:
             return by_agent(agent)
     except NotRunning:
-        return by_book(PlanBook(opened(path).plans))
+        site = opened(path)
+        return by_gate(Gate(site, Enrolment.read(site).coordinator.fingerprint, SiteSettings.read(site).data))
 
 
 def _facts(plan: pb.PlanInfo) -> dict[str, Any]:
