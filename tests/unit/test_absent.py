@@ -11,7 +11,7 @@ from accord_server.absent import absent
 from accord_server.app import FlowerExchange, Timing
 from accord_server.exchange import Failure
 from accord_server.sites import Presence
-from accord_shared.errors import REFUSALS, DataError
+from accord_shared.errors import REFUSALS, PlanNotApproved
 from accord_shared.messages import Enquiry, Joined, Refusal
 
 ROSTER, NOW = "a" * 64, 1000.0
@@ -108,8 +108,8 @@ class Named:
 def test_the_exchange_keeps_the_kind_of_a_refusal_until_the_site_joins() -> None:
     enquiry = Enquiry(1, "run", "", "p", "")
     exchange = FlowerExchange(Grid(), Timing(), lambda: False, enquiry, Named())  # type: ignore[arg-type]
-    exchange._enter(0, Failure.of(Refusal.of(DataError("3 of 9 rows fail"))))
+    exchange._enter(0, Failure.of(Refusal.of(PlanNotApproved("it waits"))))
     exchange._enter(1, Failure("the client failed"))
-    assert exchange.refused == {"a": "DataError", "b": ""}
+    assert exchange.refused == {"a": "PlanNotApproved", "b": ""}
     exchange._enter(0, Joined("a", 1, "p", b"", b"", b""))
     assert (exchange.refused, list(exchange.sites())) == ({"b": ""}, ["a"])
