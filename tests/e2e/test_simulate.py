@@ -221,7 +221,7 @@ BAD = [
     (["--noise", "cohort", "--secure-aggregation", "off"], "needs secure_aggregation"),
     (["--noise", "cohort", "--set", "local.steps_per_round=4"], "steps_per_round must be 1"),
     (["--secure-aggregation", "perhaps"], "secure_aggregation.mode"),
-    (["--participants", "2", "--set", "privacy.noise='none'"], "cohort.size = 2"),
+    (["--participants", "2", "--set", "privacy.noise='none'"], 'privacy.noise = "site"'),
     (["--participants", "100000"], "participants"),
     (["--partition", "dirichlet:-1"], "dirichlet"),
     (["--compare", "nothing"], "--compare"),
