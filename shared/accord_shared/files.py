@@ -57,8 +57,13 @@ def only_one(path: Path, what: str) -> Iterator[None]:
 
     Raises:
         AlreadyRunning: another process holds it.
+        OutputError: it cannot be written.
     """
-    with path.open("wb") as file:
+    try:
+        file = path.open("wb")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.stat()  # a holder that removes the file leaves a lock on nothing

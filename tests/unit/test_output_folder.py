@@ -19,7 +19,7 @@ from accord_client.store import SiteStore
 from accord_client.trainer import Runtime
 from accord_shared.dp.events import SampledGaussian
 from accord_shared.errors import AlreadyRunning, Interrupted, ModelError, OutputError, RoundAborted
-from accord_shared.files import make_private, open_private
+from accord_shared.files import make_private, only_one, open_private
 from accord_simulations import output
 from accord_simulations.faults import FaultSpec
 from accord_simulations.output import RunIdentity, claim, numbered
@@ -109,6 +109,8 @@ def test_a_folder_that_is_not_ours_or_has_no_room_is_left_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot write"), only_one(tmp_path / "file" / "lock", "x"):
+        pass
     for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OutputError), claim(path, RUN, resume=False):
             pass
