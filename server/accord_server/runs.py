@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 ACTIVE = ("waiting", "running")
 OVER = ("finished", "given-up")
 GRACE_S = 10.0
-ASK_AGAIN_S = 2.0
+ASK_AGAIN_S = 0.5
 REST_S = 2.0
 """Pause after the first attempt at a round that came to nothing."""
 RETRY_S = 1.0
