@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from accord_client import dpsgd, gradients
+from accord_client import dpsgd, gradients, site
 from accord_shared import quantize
 from accord_shared.dp import discrete, sharing
 from accord_shared.dp.noise import SecureGenerator
@@ -81,3 +83,72 @@ def drop_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients as large as they are."""
     clip = gradients.GradientTape.clip
     monkeypatch.setattr(gradients.GradientTape, "clip", lambda self, _, **options: clip(self, 1e6, **options))
+
+
+# --- randomness that is broken on purpose: what tests of a run must catch
+
+
+def double_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the sampling rate that is accounted for."""
+    bernoulli = SecureGenerator.bernoulli
+    monkeypatch.setattr(SecureGenerator, "bernoulli", lambda self, rate, count: bernoulli(self, 2 * rate, count))
+
+
+def reuse_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same noise in every round."""
+    gaussian, add = SecureGenerator.gaussian, discrete.DiscreteGaussian.add
+    fixed = bytes(range(32))
+    monkeypatch.setattr(SecureGenerator, "gaussian", lambda _, *rest: gaussian(SecureGenerator(fixed), *rest))
+
+    def again(self: Any, words: Any, _: bytes, **rest: Any) -> None:
+        add(self, words, fixed, **rest)
+
+    monkeypatch.setattr(discrete.DiscreteGaussian, "add", again)
+
+
+def pair_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second coordinate has its neighbour's noise, its sign changed."""
+    gaussian, add = SecureGenerator.gaussian, discrete.DiscreteGaussian.add
+
+    def paired(self: SecureGenerator, count: int, scale: float = 1.0) -> Any:
+        values = gaussian(self, count, scale)
+        values[1::2] = -values[: 2 * (count // 2) : 2]
+        return values
+
+    def paired_words(self: Any, words: Any, seed: bytes, **rest: Any) -> None:
+        noise = np.zeros_like(words)
+        add(self, noise, seed, **rest)
+        noise[1::2] = -noise[: 2 * (len(noise) // 2) : 2]
+        words += noise
+
+    monkeypatch.setattr(SecureGenerator, "gaussian", paired)
+    monkeypatch.setattr(discrete.DiscreteGaussian, "add", paired_words)
+
+
+def predict_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that follow from what everybody knows, at sites that start anew too."""
+
+    class Predictable(SecureGenerator):
+        def __init__(self, key: bytes | None = None) -> None:
+            super().__init__(key or hashlib.sha256(b"run.seed = 0").digest())
+
+    monkeypatch.setattr(site, "SecureGenerator", Predictable)
+
+
+def halve_sensitivity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of Δ: half of the noise."""
+    whole = sharing.sensitivity
+    monkeypatch.setattr(sharing, "sensitivity", lambda *sizes: whole(*sizes) / 2)
+
+
+def scale_noise(monkeypatch: pytest.MonkeyPatch, factor: float = 0.97) -> None:
+    """Noise of `factor` σ."""
+    gaussian, init = SecureGenerator.gaussian, discrete.DiscreteGaussian.__init__
+    monkeypatch.setattr(
+        SecureGenerator, "gaussian", lambda self, count, scale=1.0: gaussian(self, count, factor * scale)
+    )
+
+    def smaller(self: Any, variance: Any) -> None:
+        init(self, variance * Fraction(factor) ** 2)
+
+    monkeypatch.setattr(discrete.DiscreteGaussian, "__init__", smaller)

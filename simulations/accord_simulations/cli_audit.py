@@ -133,10 +133,16 @@ def _readable_canaries(summary: dict[str, Any]) -> str:
             f"  lower bound      ε ≥ {summary['epsilon_lower_bound']:.3f} at {summary['confidence']:.0%} confidence "
             f"({summary['correct']} of {summary['guesses']} guesses right)",
             f"  membership       AUC {summary['auc']:.3f}, {summary['tpr_at_1pct_fpr']:.1%} found at 1 % false alarms",
+            f"  mechanism        {_tests(summary)}",
             f"  time             {summary['seconds']:.0f} s",
             *([f"  report           {summary['report']}"] if "report" in summary else []),
         ]
     )
+
+
+def _tests(summary: dict[str, Any]) -> str:
+    failed, names = summary["failed_checks"], [check["name"] for check in summary["checks"]]
+    return f"BROKEN: {', '.join(failed)}" if failed else f"as promised: {', '.join(names)}"
 
 
 def _readable_inversion(summary: dict[str, Any]) -> str:

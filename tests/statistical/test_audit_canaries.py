@@ -14,7 +14,20 @@ from accord_shared.plan import Plan
 from accord_simulations.audit import canaries as audit_module
 from accord_simulations.audit.federation import Release
 from accord_simulations.scenario import split_changes
-from audits import SMALL, drop_clipping, drop_noise, fix_noise, halve_noise, run_audit
+from audits import (
+    SMALL,
+    double_sampling,
+    drop_clipping,
+    drop_noise,
+    fix_noise,
+    halve_noise,
+    halve_sensitivity,
+    pair_noise,
+    predict_seeds,
+    reuse_noise,
+    run_audit,
+    scale_noise,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +44,8 @@ def test_the_right_mechanism_stands(
     found = run_audit(tmp_path, features, epsilon, SMALL)
     assert 0.3 * epsilon <= found.epsilon_lower_bound <= found.epsilon_spent <= found.epsilon_claimed == epsilon
     assert not found.refuted
+    assert found.checks
+    assert not found.failed
     assert found.epsilon_all_collude > found.epsilon_spent
     assert 0.55 < found.auc < 0.95
     assert 0.01 < found.tpr_at_1pct_fpr < 0.5
@@ -107,3 +122,48 @@ def test_a_wish_to_stop_ends_it_at_the_next_round(tmp_path: Path, features: Path
             stopping=lambda: len(done) == 2,
         )
     assert done == [1, 2]
+
+
+SAMPLED = {**SMALL, "local.sampling_rate": 0.1, "privacy.accountant": "rdp"}
+
+
+@pytest.mark.parametrize("noise", ["cohort", "site"])
+def test_a_sampled_run_is_as_promised(
+    noise: str, tmp_path: Path, features: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fix_noise(monkeypatch)
+    found = run_audit(tmp_path, features, 8.0, {**SAMPLED, "privacy.noise": noise}, count=4000)
+    assert "sampling rate" in {check.name for check in found.checks}
+    assert not found.failed
+
+
+@pytest.mark.parametrize(
+    ("breaks", "noise", "test"),
+    [
+        pytest.param(double_sampling, "cohort", "sampling rate"),
+        pytest.param(reuse_noise, "cohort", "noise of two releases"),
+        pytest.param(pair_noise, "cohort", "noise of two coordinates", marks=pytest.mark.slow),
+        pytest.param(predict_seeds, "cohort", "noise of two releases", marks=pytest.mark.slow),
+        pytest.param(halve_sensitivity, "cohort", "variance", marks=pytest.mark.slow),
+        pytest.param(scale_noise, "cohort", "variance", marks=pytest.mark.slow),
+        pytest.param(double_sampling, "site", "sampling rate", marks=pytest.mark.slow),
+        pytest.param(reuse_noise, "site", "noise of two releases", marks=pytest.mark.slow),
+        pytest.param(pair_noise, "site", "noise of two coordinates", marks=pytest.mark.slow),
+        pytest.param(predict_seeds, "site", "noise of two releases", marks=pytest.mark.slow),
+        pytest.param(scale_noise, "site", "variance", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mechanism_that_is_not_the_accounted_one_is_told(
+    breaks: Callable[[pytest.MonkeyPatch], None],
+    noise: str,
+    test: str,
+    tmp_path: Path,
+    features: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where canaries alone may not show it: a bound on ε from one run has room for most of these."""
+    breaks(monkeypatch)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    changes = SAMPLED if breaks is double_sampling else SMALL
+    found = run_audit(tmp_path, features, 8.0, {**changes, "privacy.noise": noise}, count=4000)
+    assert test in found.failed

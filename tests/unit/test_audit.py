@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from accord_client.data import Examples
 from accord_client.features import FeatureCache
 from accord_client.gradients import GradientTape
 from accord_client.models import LabelFrame
+from accord_client.noise_checks import Check
 from accord_client.trainer import Runtime
 from accord_client.workspace import Workspace
 from accord_shared.dp.accounting import calibrate
@@ -373,3 +375,12 @@ def test_what_claims_nothing_or_has_no_attack_is_refused(command: str, options: 
     outcome = CliRunner().invoke(cli_audit.audit_app, [command, "bank-demo", *small, *options])
     assert isinstance(outcome.exception, PlanError)
     assert words in str(outcome.exception)
+
+
+@pytest.mark.parametrize(("statistic", "said"), [(1.0, "all 1 passed"), (9.0, "failed: variance")])
+def test_the_canary_page_says_what_tests_of_the_mechanism_found(statistic: float, said: str, tmp_path: Path) -> None:
+    result = replace(canary_result(1.0), checks=(Check("variance", statistic, 5.7),))
+    assert result.to_json()["failed_checks"] == (["variance"] if statistic > 5.7 else [])
+    dice = np.random.default_rng(0)
+    page = write_canaries(result, dice.normal(size=2000), dice.integers(0, 2, 2000).astype(bool), tmp_path)
+    assert said in page.read_text()

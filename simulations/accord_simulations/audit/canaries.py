@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ import numpy as np
 from accord_client.data import Examples
 from accord_client.features import FeatureCache
 from accord_client.metrics import hold_back
+from accord_client.noise_checks import Check
 from accord_client.workspace import Workspace
 from accord_server.rounds import Coordinator
 from accord_shared.dp.accounting import calibrate, epsilon
 from accord_shared.plan import Plan
 from accord_simulations.audit.federation import RUN_ID, Attacked, Recorder, Release, Watch, gradient_sum, ignore
 from accord_simulations.audit.gradients import Floats, Records
+from accord_simulations.audit.mechanism import Mechanism
 from accord_simulations.audit.membership import auc, tpr_at_fpr
 from accord_simulations.audit.one_run import Scores, audit, guesses_per_side
 from accord_simulations.audit.planting import Canaries, embeddings_of, label_embeddings, with_spare_classes
@@ -62,6 +64,13 @@ class CanaryAudit:
     epsilon_lower_bound: float
     auc: float
     tpr_at_1pct_fpr: float
+    checks: tuple[Check, ...] = ()
+    """Tests of the run's noise and sampling, and of a second run's first round."""
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the tests that a right mechanism fails once in a million runs."""
+        return tuple(check.name for check in self.checks if not check.passed)
 
     @property
     def refuted(self) -> bool:
@@ -70,7 +79,9 @@ class CanaryAudit:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
-        return {"refuted": self.refuted, **asdict(self), "seconds": round(self.seconds, 2)}
+        checks = [{**asdict(check), "passed": check.passed} for check in self.checks]
+        own = {**asdict(self), "checks": checks, "seconds": round(self.seconds, 2)}
+        return {"refuted": self.refuted, "failed_checks": list(self.failed), **own}
 
 
 @dataclass(frozen=True)
@@ -108,15 +119,23 @@ def audit_canaries(
     members = _plant(workspace, prepared.population.participants, canaries)
     others = {part.name: known_records(workspace, part.train) for part in prepared.population.participants}
     auditor = Auditor(plan, canaries, others)
+    mechanism = Mechanism(plan, prepared.work.noise_multiplier, canaries, others)
+
+    def see(release: Release) -> None:
+        auditor.see(release)
+        mechanism.see(release)
+
     attacked = Attacked.make(plan, workspace, prepared.work, members)
     coordinator = Coordinator(
         plan,
         RUN_ID,
         workspace.initial(),
-        aggregation=Recorder(attacked.aggregation, auditor.see, stopping),
+        aggregation=Recorder(attacked.aggregation, see, stopping, attacked.unnoised),
         observer=lambda report, _: on_round(report.round, plan.run.rounds),
     )
     weights = coordinator.run(attacked.exchange)
+    again = replace(prepared.work, root=prepared.work.root / "again")
+    mechanism.see(Attacked.make(plan, workspace, again, members).first_round(workspace.initial(), stopping))
     spent, collude = _spent(prepared, plan)
     claimed, delta = plan.privacy.epsilon or 0.0, plan.privacy.delta
     per_side = guesses_per_side(count, calibrate(claimed, delta, 1.0, 1), delta, CONFIDENCE)
@@ -144,6 +163,7 @@ def audit_canaries(
         epsilon_lower_bound=found.epsilon,
         auc=auc(auditor.scores, canaries.members),
         tpr_at_1pct_fpr=tpr_at_fpr(auditor.scores, canaries.members, FPR),
+        checks=mechanism.checks(),
     )
     return Outcome(result, auditor.scores, canaries)
 

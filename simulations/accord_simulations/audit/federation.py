@@ -6,7 +6,8 @@ From a record to what the coordinator decodes nothing is the audit's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from accord_server.secagg import SecureAggregation
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.errors import Interrupted, RoundAborted
 from accord_shared.identity import Identity
-from accord_shared.messages import Enquiry, Message, TrainReply, TrainRequest
+from accord_shared.messages import Enquiry, MaskRequest, Message, TrainReply, TrainRequest
 from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
 from accord_simulations.audit.gradients import Floats
@@ -49,6 +50,8 @@ class Release:
     round: int
     weights: Vector
     sums: tuple[tuple[tuple[str, ...], Array], ...]
+    unnoised: dict[str, Array] = field(default_factory=dict)
+    """What sites put under shared noise, for tests of that noise: no attacker sees it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Attacked:
     plan: Plan
     exchange: LocalExchange
     aggregation: Aggregation
+    unnoised: dict[str, Array]
+    """What each site put under shared noise last."""
 
     @staticmethod
     def make(
@@ -74,8 +79,10 @@ class Attacked:
         secured = plan.secure_aggregation.mode != "off"
         names = tuple(name for name, _ in members)
         roster = SimulatedRoster.make(plan, names) if secured else None
+        unnoised: dict[str, Array] = {}
         handlers = {
-            name: _site(plan, workspace, work, index, members[index], roster).handle for index, name in enumerate(names)
+            name: _site(plan, workspace, work, index, members[index], roster, unnoised).handle
+            for index, name in enumerate(names)
         }
         accepted = roster.signed.roster if roster is not None else None
         exchange = LocalExchange(
@@ -87,7 +94,7 @@ class Attacked:
         if accepted is not None:
             dimension = workspace.model.layout.dimension
             aggregation = SecureAggregation(plan, accepted, dimension, work.noise_multiplier)
-        return Attacked(plan, exchange, aggregation)
+        return Attacked(plan, exchange, aggregation, unnoised)
 
     def first_round(self, weights: Vector, stopping: Callable[[], bool] = lambda: False) -> Release:
         """The release of the first round at `weights` [P], for attacks on a single one.
@@ -99,7 +106,9 @@ class Attacked:
         seen: list[Release] = []
         request = TrainRequest(PROTOCOL_VERSION, RUN_ID, self.plan.hash, 1, 1, weights)
         sites = tuple(self.exchange.sites())
-        aggregate = Recorder(self.aggregation, seen.append, stopping).collect(request, sites, self.exchange)
+        aggregate = Recorder(self.aggregation, seen.append, stopping, self.unnoised).collect(
+            request, sites, self.exchange
+        )
         if len(aggregate.survivors) != len(sites):
             raise RoundAborted("; ".join(aggregate.failures.values()) or "no sum was opened")
         return seen[0]
@@ -112,11 +121,13 @@ def _site(
     index: int,
     member: tuple[str, Examples],
     roster: SimulatedRoster | None,
+    unnoised: dict[str, Array],
 ) -> Site:
     name, examples = member
     own = LocalMembers(name, Identity.from_seeds(*roster.seeds[index]), roster.signed.roster) if roster else None
-    return Site(
+    return _WatchedSite(
         name,
+        unnoised=unnoised,
         store=work.store(index),
         workspace_of=lambda _: workspace,
         examples_of=lambda _: examples,
@@ -127,14 +138,31 @@ def _site(
     )
 
 
+class _WatchedSite(Site):
+    """A site of which the harness knows what it put under shared noise, so that the noise alone can be tested."""
+
+    def __init__(self, name: str, *, unnoised: dict[str, Array], **rest: Any) -> None:
+        super().__init__(name, **rest)
+        self._seen = unnoised
+
+    def _unnoised(self, request: MaskRequest, plan: Plan) -> Array:
+        self._seen[self.name] = super()._unnoised(request, plan)
+        return self._seen[self.name].copy()
+
+
 class Recorder:
     """An `Aggregation` that shows each round's release to `watch`, and changes nothing."""
 
     def __init__(
-        self, inner: Aggregation, watch: Callable[[Release], None], stopping: Callable[[], bool] = lambda: False
+        self,
+        inner: Aggregation,
+        watch: Callable[[Release], None],
+        stopping: Callable[[], bool] = lambda: False,
+        unnoised: Mapping[str, Array] | None = None,
     ) -> None:
         self.trips, self.bound = inner.trips, inner.bound
         self._inner, self._watch, self._stopping = inner, watch, stopping
+        self._unnoised = unnoised if unnoised is not None else {}
 
     def collect(
         self, request: TrainRequest, cohort: tuple[str, ...], exchange: Exchange, begin: Begin = unnoted
@@ -152,7 +180,7 @@ class Recorder:
         if listening.updates:
             sums = tuple(((site,), update.astype(np.float64)) for site, update in listening.updates.items())
         if aggregate.survivors:
-            self._watch(Release(request.round, request.weights, sums))
+            self._watch(Release(request.round, request.weights, sums, dict(self._unnoised)))
         return aggregate
 
 

@@ -63,6 +63,7 @@ def canaries_view(result: CanaryAudit) -> dict[str, Any]:
             ("canaries", f"{result.canaries:,}, of which {result.members:,} in the run"),
             ("guesses, right", f"{result.guesses:,}, {result.correct:,}"),
             ("spare classes for canaries", num.count(result.spare_classes)),
+            ("tests of noise and sampling", _tests(result)),
             ("accuracy of the model, canaries and all", num.score(result.accuracy)),
             ("ε if all other participants collude", num.epsilon(result.epsilon_all_collude)),
         ],
@@ -168,3 +169,10 @@ def retrieval(result: InversionAudit, ink: Palette, width: float) -> Figure:
     axes.set_xlabel("the right candidate comes first")
     legend(axes, ink, 1)
     return figure
+
+
+def _tests(result: CanaryAudit) -> str:
+    """What the tests of the mechanism say."""
+    if not result.checks:
+        return "none"
+    return f"failed: {', '.join(result.failed)}" if result.failed else f"all {len(result.checks)} passed"
