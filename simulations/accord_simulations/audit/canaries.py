@@ -79,9 +79,12 @@ class CanaryAudit:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
-        checks = [{**asdict(check), "passed": check.passed} for check in self.checks]
-        own = {**asdict(self), "checks": checks, "seconds": round(self.seconds, 2)}
-        return {"refuted": self.refuted, "failed_checks": list(self.failed), **own}
+        own = asdict(self)
+        checks = [
+            {**check, "passed": found.passed} for check, found in zip(own.pop("checks"), self.checks, strict=True)
+        ]
+        first = {"refuted": self.refuted, "failed_checks": list(self.failed), "checks": checks}
+        return {**first, **own, "seconds": round(self.seconds, 2)}
 
 
 @dataclass(frozen=True)
