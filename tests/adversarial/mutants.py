@@ -226,6 +226,8 @@ def killer(mutant: tuple[str, str, str, str]) -> str:
             check=False,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
+        if done.returncode not in (0, 1):  # of what was not even collected nothing is shown
+            return f"NOT FOUND: pytest ends with {done.returncode}"
         return ", ".join(re.findall(r"^(?:FAILED|ERROR) \S*?::(\S+)", done.stdout, re.MULTILINE))
 
 
