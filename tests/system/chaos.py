@@ -386,6 +386,9 @@ def _closed(lab: Lab) -> list[str]:
 
 
 def _is_json(line: str) -> bool:
+    """A line of the log; or the one that a command ends with, as one that is told to stop while it starts."""
+    if line.startswith("accord: "):
+        return True
     try:
         return isinstance(json.loads(line), dict)
     except ValueError:
