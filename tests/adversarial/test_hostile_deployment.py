@@ -37,7 +37,7 @@ from hostile_deployment import GONE, PASSPHRASE, THIEF, VICTIM, AgentStation, De
 from safetensors.numpy import save
 
 from accord_client.enrolment import enrol
-from accord_client.fleet import FleetConnection, Incoming, _asked
+from accord_client.fleet import FleetConnection, Incoming
 from accord_server.database import Database, RunRow
 from accord_server.exchange import Failure
 from accord_server.settings import CoordinatorFolder, ListenSpec
@@ -272,9 +272,9 @@ def test_a_node_speaks_for_no_other(place: Town) -> None:
     assert numbers.state == "ready"
     other = json.loads((place.folder(VICTIM).path / "node.json").read_text())["node"]
     with pytest.raises(NotAdmitted):
-        _asked(node._client.PullMessages, PullMessagesRequest(node=Node(node_id=other)))
+        node._asked(node._client.PullMessages, PullMessagesRequest(node=Node(node_id=other)))
     with pytest.raises(NotAdmitted):
-        _asked(node._client.PullObject, PullObjectRequest(node=Node(node_id=other), run_id=1, object_id="a" * 64))
+        node._asked(node._client.PullObject, PullObjectRequest(node=Node(node_id=other), run_id=1, object_id="a" * 64))
     node.close()
     place.alive()
 
@@ -672,7 +672,7 @@ def test_an_enrolled_node_sends_nested_and_broken_protobufs(place: Town) -> None
     push = PushMessagesRequest(node=node._node, message_object_trees=[tree])
     for message in (push, PushMessagesRequest(node=node._node)):
         with pytest.raises((Unreachable, NotAdmitted)):
-            _asked(node._client.PushMessages, message)
+            node._asked(node._client.PushMessages, message)
     assert node.receive() is None
     node.close()
     place.alive()
@@ -834,7 +834,7 @@ def push(node: FleetConnection, incoming: Incoming, reply: FlowerMessage, *, obj
     bare.ClearField("content")
     bare.content.SetInParent()
     bare.metadata.reply_to_message_id = true
-    pushed = _asked(
+    pushed = node._asked(
         node._client.PushMessages,
         PushMessagesRequest(node=node._node, messages_list=[bare], message_object_trees=[tree]),
     )
@@ -845,7 +845,7 @@ def push(node: FleetConnection, incoming: Incoming, reply: FlowerMessage, *, obj
     from flwr.supercore.inflatable.inflatable_utils import push_objects
 
     send = make_push_object_fn_protobuf(
-        lambda request: _asked(node._client.PushObject, request), node._node, incoming.run, pushed.session_id
+        lambda request: node._asked(node._client.PushObject, request), node._node, incoming.run, pushed.session_id
     )
     push_objects(every, send, object_ids_to_push=set(pushed.objects_to_push))
 
