@@ -103,6 +103,7 @@ class Chaos:
         self.run, self.plan = "", lab.material.plan
         self.wrong: list[str] = []
         self.faults: Counter[str] = Counter()
+        self.in_vain: Counter[str] = Counter()
         self._queue: list[str] = []
 
     def hurt(self) -> int:
@@ -111,11 +112,19 @@ class Chaos:
             self._queue = [name for name in dir(self) if name.startswith("fault_")]
             self.random.shuffle(self._queue)
         name = self._queue.pop()
-        self.tell(name.removeprefix("fault_"))
+        kind, before = name.removeprefix("fault_"), self.attempts_in_vain()
+        self.tell(kind)
         count = int(getattr(self, name)())
-        self.faults[name.removeprefix("fault_")] += count
         time.sleep(self.random.uniform(0.5, 6.0))
+        self.faults[kind] += count
+        self.in_vain[kind] += (vain := self.attempts_in_vain() - before)
+        if kind == "rolling_upgrade" and vain > count:
+            self.wrong.append(f"a rolling upgrade of {count} sites cost {vain} attempts")
         return count
+
+    def attempts_in_vain(self) -> int:
+        """As the coordinator counts them; it tells of none that it did not survive."""
+        return self.deployment.coordinator.log.read_text().count(" came to nothing")
 
     def _site(self) -> str:
         return self.random.choice(self.lab.names)
@@ -351,6 +360,7 @@ def play(faults: int, seed: int, tell: Callable[[str], None]) -> Mapping[str, An
         figures = {
             "faults": total,
             "by_kind": dict(sorted(chaos.faults.items())),
+            "attempts_in_vain_by_kind": dict(sorted(chaos.in_vain.items())),
             "runs": runs,
             "rounds": runs * ROUNDS,
             "releases_in_vain": dict(sorted(vain.items())),
