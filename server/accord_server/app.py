@@ -46,7 +46,7 @@ IDLE_SHARE = 0.05
 """A pause between two looks, as a part of the time that nothing changed."""
 LOOK_S = 0.5
 """How soon a stop is obeyed."""
-MOST_ASK_AGAIN_S = 15.0
+MOST_ASK_AGAIN_S = 120.0
 """Longest pause before a node that did not join is asked once more; it grows with the time it did not."""
 PRESENCE_S = 0.5
 """Pause between two looks for sites that went away."""
