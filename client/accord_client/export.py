@@ -114,6 +114,8 @@ def _readme(workspace: Workspace, facts: dict[str, Any]) -> str:
         promise = "**Without differential privacy.**"
     else:
         promise = f"({epsilon:.3g}, {plan.privacy.delta:g})-differentially private, unit: {plan.privacy_unit}."
+        if (twice := facts.get("epsilon_unit_at_two_sites")) is not None:
+            promise += f" A unit with records at two sites: epsilon {twice:.3g}."
     return _README.format(
         text=f"{plan.run.name}: {len(plan.task.labels)} classes, depth `{plan.adapter.depth}`. {promise}",
         base=base,

@@ -35,6 +35,7 @@ from accord_shared.errors import (
     Withheld,
     printable,
 )
+from accord_shared.frames import hash_frame
 from accord_shared.messages import (
     Enquiry,
     IntroduceRequest,
@@ -275,6 +276,7 @@ class Site:
         event = self._checked_event(plan, shares)
         self._check_weights(request, plan)
         self._reserve(request, event)
+        self._generator.renew(_asked(request))
         with _withheld():
             words = encode(self._unnoised(request, plan), shares, self._generator)
         self._charge(request, event, None, heads)
@@ -387,6 +389,7 @@ class Site:
             "runtime": workspace.runtime,
         }
         counts = np.empty(0, dtype=np.float32)
+        self._generator.renew(_asked(request))
         with _withheld():
             if plan.extra_coordinates:
                 workspace.model.load(request.weights)
@@ -406,6 +409,14 @@ class Site:
                 scored = workspace.batches(held_back) if len(held_back) else None
                 self._batches[plan.hash] = (workspace.batches(rest), scored)
         return self._batches[plan.hash]
+
+
+def _asked(request: TrainRequest | MaskRequest) -> bytes:
+    """What a release is asked for; under secure aggregation with keys of this attempt that others drew."""
+    numbers = (request.run_id, request.round, request.attempt, request.model_hash)
+    if isinstance(request, TrainRequest):
+        return hash_frame("accord/1/asked", *numbers)
+    return hash_frame("accord/1/asked", *numbers, request.coordinator, request.cohort, request.bundles)
 
 
 def _check_repeats(plan: Plan, spent: Releases) -> None:

@@ -71,6 +71,8 @@ class SecureAggregation:
         self._exhausted: set[str] = set()
         self._asked: tuple[int, tuple[str, ...]] = (0, ())
         """The last round whose updates were asked for, and the cohort of its first attempt."""
+        self._barred: tuple[int, set[str]] = (0, set())
+        """The sites that say of this round that they helped to open it: they are asked for no other attempt of it."""
         self.trips = 3 if self._terms.mode == "malicious" else 2
 
     def collect(
@@ -123,13 +125,24 @@ class SecureAggregation:
             download_bytes=trips.down_bytes,
             trips=trips.count,
             exhausted=frozenset(self._exhausted),
-            forfeited=not survivors and (opening or bool(trips.refused[RoundOpened.__name__])),
+            forfeited=not survivors and (opening or self._is_barred(trips.refused[RoundOpened.__name__])),
         )
+
+    def _is_barred(self, refused: set[str]) -> bool:
+        """Whether so many sites say that they opened the round that the others are too few: one may lie or err."""
+        number, first = self._asked
+        if not refused:
+            return False
+        if number != self._barred[0]:
+            self._barred = (number, set())
+        self._barred[1].update(refused)
+        return len(set(first) - self._barred[1] - self._exhausted) < self._terms.minimum
 
     def _allowed(self, number: int, cohort: tuple[str, ...]) -> tuple[str, ...]:
         """In a further attempt of a round only the sites of the first: the others' presence would be refused (R2)."""
         asked, first = self._asked
-        return first if number == asked else cohort
+        barred = self._barred[1] if number == self._barred[0] else ()
+        return tuple(name for name in (first if number == asked else cohort) if name not in barred)
 
     def _members(self, cohort: Sequence[str], trips: _Trips) -> tuple[str, ...]:
         """The cohort's sites that are ready; waits for introductions only where too few are."""

@@ -59,6 +59,8 @@ def plan_check(
         return
     for name, value in facts.items():
         text = "not known without the extra [client]" if value is None and name in _CLIENT_FACTS else value
+        if value is None and name == "epsilon_unit_at_two_sites":
+            continue  # no unit can be: a row, a participant, or no privacy
         typer.echo(f"{name.replace('_', ' '):32} {text}")
 
 
@@ -135,7 +137,7 @@ _CLIENT_FACTS = (
 
 def _facts(plan: Any) -> dict[str, Any]:
     """What follows from a plan; what needs the model comes from the installed client, if there is one."""
-    from accord_shared.dp.accounting import noise_multiplier, plan_epsilon
+    from accord_shared.dp.accounting import noise_multiplier, plan_epsilon, unit_epsilon_at_two_sites
 
     facts: dict[str, Any] = {
         "plan_hash": plan.hash,
@@ -145,6 +147,7 @@ def _facts(plan: Any) -> dict[str, Any]:
         "steps": plan.steps,
         "epsilon_per_round": plan_epsilon(plan, 1),
         "epsilon_total": plan_epsilon(plan, plan.releases),
+        "epsilon_unit_at_two_sites": unit_epsilon_at_two_sites(plan),
         "delta": plan.privacy.delta,
         **dict.fromkeys(_CLIENT_FACTS),
         **({} if plan.shared_noise else {"epsilon_all_collude": plan_epsilon(plan, plan.releases)}),

@@ -174,6 +174,7 @@ def summarize(result: Any, target: Path) -> dict[str, Any]:
         "ceiling": result.population["ceiling"],
         "epsilon": result.epsilon,
         "epsilon_all_collude": result.epsilon_all_collude,
+        "epsilon_unit_at_two_sites": result.epsilon_unit_at_two_sites,
         "epsilon_target": result.epsilon_target,
         "delta": result.delta,
         "noise_multiplier": result.noise_multiplier,
@@ -207,6 +208,8 @@ def _readable(summary: dict[str, Any]) -> str:
             f"  rows             {rows['source']}: {rows['rows']:,} in, {rows['accepted']:,} accepted, "
             f"{rows['left_out']:,} left out, {rows['empty_lines']:,} empty lines"
         )
+    if (twice := summary["epsilon_unit_at_two_sites"]) is not None:
+        lines.append(f"                   ε = {twice:.3g} of who is at two participants")
     lines.append(f"  joint model      {summary['metric']} {summary['federated']:.4f}")
     if summary["ceiling"] is not None:
         share = summary["federated"] / summary["ceiling"]

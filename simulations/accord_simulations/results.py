@@ -108,6 +108,8 @@ class SimulationResult:
     peak_rss_bytes: int
     seed: int
     versions: dict[str, str] = field(default_factory=dict)
+    epsilon_unit_at_two_sites: float | None = None
+    """Of a unit with records at two participants; None where no unit can have any (a row, a participant)."""
 
     @property
     def unit(self) -> str:

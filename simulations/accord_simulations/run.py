@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from accord_server.aggregation import Aggregation, PlainAggregation
 from accord_server.checkpoint import CheckpointFolder
 from accord_server.rounds import Coordinator, RoundReport
 from accord_server.secagg import SecureAggregation
-from accord_shared.dp.accounting import epsilon, noise_multiplier, plan_epsilon
+from accord_shared.dp.accounting import epsilon, noise_multiplier, plan_epsilon, unit_epsilon_at_two_sites
 from accord_shared.files import make_private, open_private, write_atomic
 from accord_shared.plan import Plan
 from accord_shared.vectors import Vector
@@ -198,6 +199,9 @@ class _Simulation:
         facts: dict[str, Any] = {
             "epsilon": max(spent) if spent else None,
             "epsilon_all_collude": max(alone) if alone else None,
+            "epsilon_unit_at_two_sites": unit_epsilon_at_two_sites(
+                self._plan, max((participant.rounds_released for participant in participants), default=0)
+            ),
             "delta": self._plan.privacy.delta,
             "metrics": metrics,
         }
@@ -239,6 +243,7 @@ class _Simulation:
             comparisons=comparisons,
             epsilon=facts["epsilon"],
             epsilon_all_collude=facts["epsilon_all_collude"],
+            epsilon_unit_at_two_sites=facts["epsilon_unit_at_two_sites"],
             epsilon_target=plan.privacy.epsilon,
             delta=plan.privacy.delta,
             noise_multiplier=noise_multiplier(plan),
@@ -312,13 +317,45 @@ def _secure(prepared: Prepared) -> tuple[Prepared, Secured | None, Aggregation]:
     return replace(prepared, work=work), Secured(roster, names), aggregation
 
 
+class _Charges:
+    """The most releases that any participant was charged, from their ledgers: attempts in vain and lost uploads too.
+
+    A ledger is read only where what may have been added could make it the most.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        work, names = prepared.work, [participant.name for participant in prepared.population.participants]
+        self._plan_hash = prepared.plan.hash
+        self._store_of = {name: partial(work.store, index) for index, name in enumerate(names)}
+        self._known: Counter[str] = Counter()
+        self._unsure: Counter[str] = Counter(dict.fromkeys(names, 0))
+
+    def note(self, survivors: Sequence[str], attempts: int) -> None:
+        """A round ended after so many attempts."""
+        certain = frozenset(survivors) if attempts == 1 else frozenset()
+        self._known.update(certain)
+        self._unsure.update({name: attempts for name in self._store_of if name not in certain})
+
+    def most(self) -> int:
+        """Over all participants."""
+        top = max(self._known.values(), default=0)
+        for name in sorted(self._store_of, key=lambda name: -self._known[name] - self._unsure[name]):
+            if self._known[name] + self._unsure[name] <= top:
+                break
+            if self._unsure[name]:
+                self._known[name] = self._store_of[name]().releases(self._plan_hash).rounds
+                self._unsure[name] = 0
+            top = max(top, self._known[name])
+        return top
+
+
 class _RoundWatcher:
     """Scores a finished round, accounts for it, shows it."""
 
     def __init__(self, prepared: Prepared, scorer: Scorer, log: _RoundLog, progress: Progress) -> None:
         self._plan = prepared.plan
         self._scorer, self._log, self._progress = scorer, log, progress
-        self._released: Counter[str] = Counter()
+        self._charges = _Charges(prepared)
         self._since = time.time()
         self._epsilon: float | None = None
 
@@ -326,7 +363,7 @@ class _RoundWatcher:
         """Continue after `finished` rounds."""
         self._log.restore(finished, history)
         for round_report in history:
-            self._released.update(round_report["survivors"])
+            self._charges.note((), 1 + round_report["aborted_attempts"])
 
     def start(self) -> None:
         """The sites have joined: rounds begin."""
@@ -335,12 +372,12 @@ class _RoundWatcher:
     def observe(self, report: RoundReport, weights: Vector) -> None:
         """Called by the coordinator after each round."""
         trained = time.time()
-        self._released.update(report.survivors)
+        self._charges.note(report.survivors, 1 + report.aborted_attempts)
         metrics = self._scorer.score(weights) if self._is_scored(report.round) else {}
         scored = time.time()
         if self._is_accounted(report.round):
             last = report.round == self._plan.run.rounds
-            self._epsilon = plan_epsilon(self._plan, max(self._released.values()), coarse=not last)
+            self._epsilon = plan_epsilon(self._plan, self._charges.most(), coarse=not last)
         result = RoundResult(
             round=report.round,
             metrics=metrics,

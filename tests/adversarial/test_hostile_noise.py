@@ -601,6 +601,26 @@ def test_a_lost_upload_and_a_restart_are_charged_too(lab: SecureLab) -> None:
     assert [lab.rounds(name) for name in lab.names] == uploads
 
 
+def test_one_site_that_says_the_round_was_opened_forfeits_nothing(tmp_path: Path) -> None:
+    """During an outage of another one; once that is back, the four that are honest finish the round."""
+    lab = lab_of(tmp_path)
+    liar, away = lab.names[1], lab.names[3]
+    assert len(lab.collect(1).survivors) == SIZE
+    handle = lab.sites[liar].handle
+
+    def lie(message: Any) -> Any:
+        return Refusal("RoundOpened", "") if isinstance(message, MaskRequest) else handle(message)
+
+    lab.sites[liar].handle = lie  # type: ignore[method-assign]
+    lab.exchange.lost = lambda name, message: name == away  # type: ignore[method-assign]
+    first = lab.collect(2, 1)
+    assert not first.survivors
+    assert not first.forfeited
+    lab.exchange.lost = lambda name, message: False  # type: ignore[method-assign]
+    again = lab.collect(2, 2)
+    assert set(again.survivors) == set(lab.names) - {liar}
+
+
 def test_releases_end_with_the_reserve(tmp_path: Path) -> None:
     lab = lab_of(tmp_path, **{"run.rounds": 6, "run.rounds_per_site": 2, "run.max_extra_attempts": 1})
     never_open(lab)

@@ -105,11 +105,13 @@ def _epsilons(site: SiteFolder, plan: Plan) -> dict[str, float | None]:
     from accord_client.ledger.entries import Spent
     from accord_client.ledger.ledger import Ledger
     from accord_client.ledger.limits import epsilon_of
+    from accord_shared.dp.accounting import unit_epsilon_at_two_sites
 
     balance = Ledger(site.path).verify()
     parts = [balance.by_plan(name).get(plan.hash, Spent()) for name in balance.datasets()]
     spent = Spent.sum(parts)
     privacy = plan.privacy
     found = [epsilon_of(spent, privacy.delta, privacy.accountant, colluding=colluding) for colluding in (False, True)]
-    public, colluding = [value if math.isfinite(value) else None for value in found]
-    return {"epsilon": public, "epsilon_all_collude": colluding}
+    found.append(unit_epsilon_at_two_sites(plan, balance.plan(plan.hash).rounds) or math.inf)
+    public, colluding, twice = [value if math.isfinite(value) else None for value in found]
+    return {"epsilon": public, "epsilon_all_collude": colluding, "epsilon_unit_at_two_sites": twice}

@@ -1,14 +1,18 @@
 """One cryptographic generator for everything private: Poisson selection and noise.
 
 AES-256 in counter mode under a key from the operating system (NIST SP 800-90A's CTR generator without
-reseeding; a key serves one process and far fewer than 2^64 blocks). Whoever could predict it could
+reseeding; a key serves one release in one process and far fewer than 2^64 blocks). Whoever could predict it could
 subtract the noise, so neither plan nor command line reaches the key: tests pass one to the constructor.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import time
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +23,40 @@ from accord_shared.errors import PrivacyError
 _CHUNK = 1 << 16
 
 
+def fresh_bytes(count: int, context: bytes = b"") -> bytes:
+    """`count` secret random bytes, of the operating system's generator and of what no two machines share.
+
+    A snapshot of a running machine has the state of that generator too, and two machines that go on from one snapshot
+    would draw the same. Their clocks, boot ids, or what they are asked (`context`) set them apart.
+    """
+    facts = (os.urandom(32), time.time_ns(), time.monotonic_ns(), os.getpid(), _boot_id(), context)
+    parts = [part if isinstance(part, bytes) else part.to_bytes(16, "big", signed=True) for part in facts]
+    lengths = b"".join(len(part).to_bytes(8, "big") for part in parts)
+    return hashlib.shake_256(b"accord fresh bytes" + lengths + b"".join(parts)).digest(count)
+
+
+@lru_cache(maxsize=1)
+def _boot_id() -> bytes:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        return b""
+
+
 class SecureGenerator:
     """A stream of cryptographic random numbers. Not shared over a fork: the child draws a new key."""
 
     def __init__(self, key: bytes | None = None) -> None:
-        self._start(os.urandom(32) if key is None else key)
+        self._given = key is not None
+        self._start(fresh_bytes(32) if key is None else key)
+
+    def renew(self, context: bytes) -> None:
+        """A new key, before every release. `context` is what is asked, whose nonces are not this machine's.
+
+        A key that a test gave stays.
+        """
+        if not self._given:
+            self._start(fresh_bytes(32, context))
 
     def __repr__(self) -> str:
         return "SecureGenerator(…)"
@@ -38,7 +71,7 @@ class SecureGenerator:
     def uint64(self, count: int) -> npt.NDArray[np.uint64]:
         """Uniform 64-bit words [count]."""
         if os.getpid() != self._process:
-            self._start(os.urandom(32))
+            self._start(fresh_bytes(32))
         # Counter mode over zeros is the keystream itself.
         return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8").astype(np.uint64, copy=False)
 

@@ -6,7 +6,6 @@ refusal names the rule R1 to R10 that said no. What a member does not check, nob
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from accord_shared import PROTOCOL_VERSION
+from accord_shared.dp.noise import fresh_bytes
 from accord_shared.errors import ProtocolError
 from accord_shared.identity import Identity, verify
 from accord_shared.messages import (
@@ -105,7 +105,7 @@ class Member:
         terms: RunTerms,
         *,
         head: Head = NO_LEDGER,
-        random: Random = os.urandom,
+        random: Random = fresh_bytes,
     ) -> None:
         if roster.hash != terms.roster_hash:
             raise ProtocolError("R1: the run has another roster than this site accepted")

@@ -90,7 +90,7 @@ def explain(result: SimulationResult) -> list[Question]:
         ("Who adds the noise?", _noise(result, mode)),
         ("What if participants drop out?", _dropout(result, mode)),
         ("Who would have to collude?", _collusion(result, mode)),
-        ("What is not covered?", _gaps(mode)),
+        ("What is not covered?", _gaps(result, mode)),
     ]
 
 
@@ -165,11 +165,19 @@ def _collusion(result: SimulationResult, mode: str) -> str:
     )
 
 
-def _gaps(mode: str) -> str:
+def _gaps(result: SimulationResult, mode: str) -> str:
     text = "Who takes part and when, and how long an answer takes."
+    if result.population.get("tuned"):
+        text += " What was tuned on these records beforehand: its choice is in no ε."
     if mode == "participant":
         return f"{text} Records are protected as part of their participant."
-    return f"{text} A customer with records at two participants is protected at each; the two ε add up."
+    if (twice := result.epsilon_unit_at_two_sites) is not None:
+        return (
+            f"{text} Whoever has records at two participants is protected by ε = {num.epsilon(twice)} only, as both "
+            "move the same sums. Nothing here finds out who that is: participants that share customers would have to "
+            "divide them among themselves beforehand."
+        )
+    return f"{text} A person with several records is protected for each one alone, at one participant or at several."
 
 
 def _participants(result: SimulationResult) -> int:
