@@ -169,7 +169,7 @@ def _gaps(result: SimulationResult, mode: str) -> str:
     text = "Who takes part and when, and how long an answer takes."
     if result.population.get("tuned"):
         text += " What was tuned on these records beforehand: its choice is in no ε."
-    text += " The divisor of updates: here it is the exact mean of the records, in a deployment a rounded public figure."
+    text += " The divisor of updates: here the exact mean of the records; a deployment takes a rounded public figure."
     if mode == "participant":
         return f"{text} Records are protected as part of their participant."
     if (twice := result.epsilon_unit_at_two_sites) is not None:
