@@ -415,8 +415,8 @@ def _asked(request: TrainRequest | MaskRequest) -> bytes:
     """What a release is asked for; under secure aggregation with keys of this attempt that others drew."""
     numbers = (request.run_id, request.round, request.attempt, request.model_hash)
     if isinstance(request, TrainRequest):
-        return hash_frame("accord/1/asked", *numbers)
-    return hash_frame("accord/1/asked", *numbers, request.coordinator, request.cohort, request.bundles)
+        return hash_frame("accord asked", *numbers)
+    return hash_frame("accord asked", *numbers, request.coordinator, request.cohort, request.bundles)
 
 
 def _check_repeats(plan: Plan, spent: Releases) -> None:

@@ -103,9 +103,10 @@ def _mixture_epsilon(own: tuple[SampledGaussian, ...], shared: tuple[SharedGauss
     halved = [_halved(event) for event in shared]
     if all(event is not None for event in halved):
         return _epsilon(_collapse([*own, *(event for event in halved if event is not None)]), delta, "pld")
-    grid = _MIXTURE_GRIDS[min(event.noise_multiplier for event in (*own, *shared)) >= _MUCH_NOISE]
+    events: tuple[Event, ...] = (*own, *shared)
+    grid = _MIXTURE_GRIDS[min(event.noise_multiplier for event in events) >= _MUCH_NOISE]
     total: Any = None
-    for event in (*own, *shared):
+    for event in events:
         make = _mixture_pld if isinstance(event, SharedGaussian) else _gaussian_pld
         one = make(event.noise_multiplier, event.sampling_rate, grid).self_compose(event.steps)
         total = one if total is None else total.compose(one)
