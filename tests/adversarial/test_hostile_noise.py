@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,16 @@ def test_participant_noise_is_never_amplified() -> None:
 
 
 # --- shares of noise
+
+
+def test_above_128_sites_what_any_count_opens_is_part_of_what_a_greater_one_opens() -> None:
+    """There each holder is shown a count of its own: on a binary scale two of them open what neither opens alone."""
+    for size in (128, 129):
+        plan = noise_plan({"cohort.size": size, "cohort.minimum": 115, "cohort.colluders": 0})
+        shares = NoiseShares.of(plan, 8, 4.0)
+        require_promise(shares)
+        opened = [set(shares.removed(count)) for count in range(115, size + 1)]
+        assert all(fewer <= more for fewer, more in pairwise(opened)) is (size > 128)
 
 
 def require_promise(shares: NoiseShares) -> None:

@@ -209,6 +209,12 @@ PLANS: dict[str, Json] = {
         "cohort": {"size": 100, "minimum": 70, "colluders": 5},
         "evaluation": {"released_fraction": 0.5},
     },
+    "wide": {
+        **LEAST_PLAN,
+        "local": {"expected_records": 2000, "clip_norm": 0.2},
+        "privacy": {"noise": "cohort", "epsilon": 2},
+        "cohort": {"size": 160, "minimum": 148, "colluders": 2},
+    },
     "participant": {
         **LEAST_PLAN,
         "local": {"expected_records": 50, "clip_norm": 0.123456},
@@ -671,6 +677,7 @@ def noise(_: Json) -> Json:
         ("cohort", 29_568, 12.38),
         ("cohort", 10**7, 3.0),
         ("counted", 5_002, 0.7),
+        ("wide", 29_568, 6.25),
         ("participant", 300, 4.5),
     ):
         plan = make_plan(PLANS[name])
@@ -774,7 +781,10 @@ def _grid(name: str, plan: Plan, dimension: int, sigma: float) -> Json:
         "reach": shares.reach,
         "tail": shares.tail,
         "facts": list(shares.facts),
-        "removed": {str(u): list(shares.removed(u)) for u in (shares.minimum, shares.minimum + 1, shares.sites)},
+        "removed": {
+            str(u): list(shares.removed(u))
+            for u in (shares.minimum, shares.minimum + 1, shares.sites - 1, shares.sites)
+        },
     }
 
 

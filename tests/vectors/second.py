@@ -650,6 +650,13 @@ class Shares:
         self.sigma = Fraction(number(sigma))
         self.clip, bound = clip_unit(plan), plan["secure_aggregation"].get("bound") or shared_bound(plan)
         self.draws = plan["run"]["rounds"] * (1 + plan["run"]["max_extra_attempts"])
+        lost = self.sites - self.minimum
+        self.nested = self.sites > 128 or lost <= 9
+        self.counts = (
+            [self.sites - j * lost // 9 for j in range(10)]
+            if lost > 9
+            else list(range(self.sites, self.minimum - 1, -1))
+        )
         self.variance = sixteenth_up(self.sigma**2 * Fraction(number(sensitivity(steps, dimension))) ** 2) + 4
         self.base = self.share(self.sites) - 9
         self.components = self._components()
@@ -664,16 +671,15 @@ class Shares:
         return sixteenth_up(self.variance / (survivors - self.colluders))
 
     def _components(self) -> list[Fraction]:
-        lost = self.sites - self.minimum
-        if lost <= 9:
-            return [self.share(self.sites - j) - self.share(self.sites - j + 1) for j in range(1, lost + 1)]
+        if self.nested:
+            return [self.share(self.counts[j]) - self.share(self.counts[j - 1]) for j in range(1, len(self.counts))]
         excess = self.share(self.minimum) - self.share(self.sites)
         return [sixteenth_up(excess / 2 ** min(j, 8)) for j in range(1, 10)]
 
     def removed(self, survivors: int) -> list[int]:
         """Which are opened."""
-        if self.sites - self.minimum <= 9:
-            return list(range(self.sites - survivors, len(self.components)))
+        if self.nested:
+            return [j for j in range(len(self.components)) if self.counts[j] <= survivors]
         missing, out = self.share(survivors) - self.share(self.sites), []
         for index, variance in enumerate(self.components):
             if missing > 0 and sum(self.components[index + 1 :]) < missing:

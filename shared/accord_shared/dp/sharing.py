@@ -9,6 +9,11 @@ V(u) = σ²/(u - c) for the honest ones together to hide behind σ². Nobody kno
 independent parts: a base of V(N), which stays, and components, each from a seed of its own, that fill up to V(n_min).
 Once u is certified, the seeds of what exceeds V(u) are opened and subtracted: the sum carries the promised noise.
 
+*Nested, where u is not one number.* On a sparse graph u counts signatures, and no two holders need be shown as many:
+each opens what its own count does not need, so what stays in the end is what all of these counts keep. Hence there
+the components that a smaller count keeps include those of every larger one: the union of what is opened is then what
+the largest count opens. On a complete graph u is the certified set's, the same for all, and a binary scale is finer.
+
 *Sensitivity.* A unit moves one site's clipped sum by at most C, that is k steps. The sum is put on a grid of 2^-8 steps
 by a coin that no data touch, which moves it a little further: but for a chance of 2^-60 to at most Δ (Kairouz, Liu,
 Steinke 2021, Theorem 1 with d/4 the variance of coins, in units of 2^-8 steps). From there on everything is noise.
@@ -35,6 +40,7 @@ from accord_shared.dp.discrete import (
 from accord_shared.errors import PlanError
 from accord_shared.exact import LN_2, ceil_root, exact, fifty_digits, nearest, rounded_up, written
 from accord_shared.plan import Plan
+from accord_shared.secagg.thresholds import COMPLETE_MAX
 
 ARITHMETIC_MARGIN = 2.0**-16
 """Relative allowance for sums in double precision: U² · 2^-53 for U units of a site, so up to 3·10^5 of them."""
@@ -101,6 +107,8 @@ class NoiseShares:
     bits: int
     draws: int
     """Vectors that are ever summed, for the chance of a wrap."""
+    nested: bool = False
+    """Whether holders may be shown different counts of survivors: on a sparse graph."""
 
     def __post_init__(self) -> None:
         for name, value in (("clip norm", self.clip), ("bound", self.bound)):
@@ -140,19 +148,25 @@ class NoiseShares:
     @cached_property
     def components(self) -> tuple[Fraction, ...]:
         """Variances of the removable parts."""
-        drops = self.sites - self.minimum
-        shares = [self.share(self.sites - dropped) for dropped in range(drops + 1)]
-        if drops <= _MOST_COMPONENTS:
-            return tuple(more - less for less, more in pairwise(shares))
-        excess = _ceil(shares[-1] - shares[0])
+        if self._levels:
+            return tuple(more - less for less, more in pairwise(map(self.share, self._levels)))
+        excess = _ceil(self.share(self.minimum) - self.share(self.sites))
         halves = [_ceil(excess / 2**place) for place in range(1, _MOST_COMPONENTS)]
         return (*halves, halves[-1])
 
+    @cached_property
+    def _levels(self) -> tuple[int, ...]:
+        """Of how many survivors the base and the first 0, 1, … components are the share; none on a binary scale."""
+        drops = self.sites - self.minimum
+        count = min(drops, _MOST_COMPONENTS)
+        if drops > count and not self.nested:
+            return ()
+        return tuple(self.sites - step * drops // max(count, 1) for step in range(count + 1))
+
     def kept(self, survivors: int) -> tuple[int, ...]:
         """Indices of the components that stay in a sum over so many survivors: the rest is opened and subtracted."""
-        dropped = self.sites - survivors
-        if self.sites - self.minimum <= _MOST_COMPONENTS:
-            return tuple(range(dropped))
+        if self._levels:
+            return tuple(range(sum(level > survivors for level in self._levels)))
         missing = self.share(survivors) - self.share(self.sites)
         kept: list[int] = []
         for index in range(len(self.components)):
@@ -273,6 +287,7 @@ class _Draft:
             bound=plan.secure_aggregation.bound or default_bound(plan),
             bits=bits,
             draws=plan.run.rounds * (1 + plan.run.max_extra_attempts),
+            nested=cohort.size > COMPLETE_MAX,
         )
 
     def coarsest_grid(self, excess: Fraction) -> int:
