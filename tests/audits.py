@@ -82,7 +82,7 @@ def drop_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def drop_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients as large as they are."""
     clip = gradients.GradientTape.clip
-    monkeypatch.setattr(gradients.GradientTape, "clip", lambda self, _, **options: clip(self, 1e6, **options))
+    monkeypatch.setattr(gradients.GradientTape, "clip", lambda self, _, total=None: clip(self, 1e6, total))
 
 
 # --- randomness that is broken on purpose: what tests of a run must catch

@@ -137,7 +137,7 @@ def audit_canaries(
         observer=lambda report, _: on_round(report.round, plan.run.rounds),
     )
     weights = coordinator.run(attacked.exchange)
-    again = replace(prepared.work, root=prepared.work.root / "again")
+    again = replace(prepared.work, root=prepared.work.root / "second run")
     mechanism.see(Attacked.make(plan, workspace, again, members).first_round(workspace.initial(), stopping))
     spent, collude = _spent(prepared, plan)
     claimed, delta = plan.privacy.epsilon or 0.0, plan.privacy.delta
