@@ -312,7 +312,6 @@ class Agent:
                 continue
             if incoming is not None:
                 self._answer(connection, incoming)
-                self.standing.heard = time.monotonic()
                 continue
             idle = time.monotonic() - self.standing.heard
             self.stopping.wait(min(max(agent.poll_s, POLL_SHARE * idle), agent.most_poll_s))
@@ -371,6 +370,7 @@ class Agent:
             raise
         if self._gate.begins_work(message):
             self._refusals.clear(plan_hash)
+        self.standing.heard = time.monotonic()  # what is refused is no reason to look for more at once
         return reply
 
     def _plan_hash(self, message: Message) -> str:

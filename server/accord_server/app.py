@@ -236,6 +236,7 @@ class FlowerExchange:
                 raise Interrupted("asked to stop")
             if self._presence.wait(min(left, LOOK_S)):
                 self._changed_at = time.monotonic()
+                self._refused_at.clear()  # whatever changed may be what a refusal waited for
                 return
 
     def ready(self, minimum: int, among: Collection[str] | None = None) -> bool:

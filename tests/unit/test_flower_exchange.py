@@ -167,6 +167,34 @@ def test_who_refused_is_asked_again_until_its_operator_approves() -> None:
     assert not trips.refusals
 
 
+def test_who_refused_is_asked_again_at_once_when_something_changes() -> None:
+    nodes, known = three()
+    nodes.answers[3] = lambda _: Refusal.of(PlanNotApproved("waits"))
+    trips = exchange(nodes, known)
+    trips.join(2)
+    trips._refused_at[3] -= 600  # it refuses for ten minutes: the next question is a minute away
+    trips._changed_at -= 600
+    came = threading.Event()
+
+    def wait(seconds: float) -> bool:
+        changed = came.wait(seconds)
+        came.clear()
+        return changed
+
+    known.wait = wait  # type: ignore[method-assign]
+
+    def approve() -> None:
+        nodes.answers[3] = joins("c")
+        came.set()
+
+    timer = threading.Timer(0.2, approve)
+    timer.start()
+    began = time.monotonic()
+    trips.join(3)
+    timer.join()
+    assert time.monotonic() - began < 3
+
+
 def test_without_a_time_to_ask_again_a_refusal_ends_the_wait() -> None:
     nodes, known = three()
     nodes.answers[3] = lambda _: Refusal.of(PlanNotApproved("waits"))

@@ -158,6 +158,16 @@ def test_no_trip_contains_the_embedding(agent: Agent, plan: Plan, monkeypatch: p
     assert agent._says() == "ready"
 
 
+def test_a_question_that_is_refused_is_no_reason_to_look_often(agent: Agent, folder: SiteFolder, plan: Plan) -> None:
+    write_policy(folder, approval="operator", models=[plan.model.digest])
+    before = agent.standing.heard
+    assert isinstance(asked(agent, enquiry(plan)), Refusal)
+    assert agent.standing.heard == before
+    write_policy(folder, models=[plan.model.digest])
+    joined(agent, plan)
+    assert agent.standing.heard > before
+
+
 def test_approval_begins_the_preparation(
     agent: Agent, folder: SiteFolder, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
