@@ -29,6 +29,7 @@ from accord_server.settings import CoordinatorSettings
 from accord_shared import PROTOCOL_VERSION
 from accord_shared.cli import initial_weights
 from accord_shared.dp.accounting import noise_multiplier
+from accord_shared.errors import SitePreparing
 from accord_shared.files import write_atomic
 from accord_shared.identity import Identity
 from accord_shared.messages import Enquiry, Joined, Message, Refusal
@@ -48,6 +49,8 @@ VICTIM, THIEF, GONE = "bank-01", "bank-02", "bank-03"
 """The real agent; a site that the test plays; and one that it plays, too, until it is revoked."""
 PASSPHRASE = "correct-horse-of-this-test"
 EPSILON = 20.0
+PREPARED_S = 60.0
+"""How long a site may prepare the few records of a test."""
 
 
 @dataclass
@@ -224,10 +227,15 @@ class Liar:
         return keyfile.read_identity(self.town.deployment.server_folder / "keys" / "identity.pem")
 
     def ask(self, message: Message, within_s: float = 30.0) -> Message:
-        """The victim's answer to a message."""
-        reply = self.told(message, within_s)
-        assert reply is not None, f"no answer to {type(message).__name__}"
-        return reply
+        """The victim's answer to a message, once it has prepared its records."""
+        deadline = time.monotonic() + PREPARED_S
+        while True:
+            reply = self.told(message, within_s)
+            assert reply is not None, f"no answer to {type(message).__name__}"
+            prepares = isinstance(reply, Refusal) and reply.kind == SitePreparing.__name__
+            if not prepares or time.monotonic() > deadline:
+                return reply
+            time.sleep(0.1)
 
     def send(self, content: RecordDict) -> Message:
         """The victim's answer to anything at all."""
